@@ -129,4 +129,5 @@ class Environment:
 def _link(item: Distribution, folder: Path) -> None:
     tops = {file.parts[0] for file in item.files or ()} - {"..", "__pycache__"}
     for top in tops:
-        (folder / top).symlink_to(str(item.locate_file(top)))
+        if not (folder / top).exists():  # a folder that several packages share, such as ``cuda``
+            (folder / top).symlink_to(str(item.locate_file(top)))

@@ -274,9 +274,7 @@ def _pair(levels: Bytes) -> Bytes:
 
 def _bits(values: Bytes) -> Bytes:
     """One bit of each of eight groups in 32 bytes."""
-    shifts = np.arange(8, dtype=np.uint8)[None, :, None]
-    found: Bytes = np.bitwise_or.reduce(values << shifts, axis=1)
-    return found
+    return np.packbits(values, axis=1, bitorder="little")[:, 0]
 
 
 def _raw(values: NDArray[Any]) -> Bytes:

@@ -488,7 +488,7 @@ def unpickled(path: str | os.PathLike[str], *, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except BaseException:
         with contextlib.suppress(Exception):
-            torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+            torch._utils._validate_loaded_sparse_tensors()
         raise
 
 

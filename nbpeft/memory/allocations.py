@@ -32,7 +32,7 @@ _PLACED = frozenset(getattr(torch.ops.aten, name) for name in ("select_backward"
 _PRODUCTS = frozenset(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"))
 
 
-class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Mode(TorchDispatchMode):
     """A dispatch mode without torch's slow check, around each operation, whether it is being compiled."""
 
     @classmethod
@@ -40,18 +40,18 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-class _FakeTensors(_Mode, FakeTensorMode):  # type: ignore[no-untyped-call]
+class _FakeTensors(_Mode, FakeTensorMode):
     """Makes tensors that are created in the block fake."""
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Make tensors that are created in the block fake."""
-    with _FakeTensors(allow_non_fake_inputs=True), _DefaultNumbers():  # type: ignore[no-untyped-call]
+    with _FakeTensors(allow_non_fake_inputs=True), _DefaultNumbers():
         yield
 
 
-class _DefaultNumbers(_Mode):  # type: ignore[no-untyped-call]
+class _DefaultNumbers(_Mode):
     """Returns a default to code that reads a number from a fake tensor, which has no data.
 
     The result of ``any(…)`` reads as False (nothing exceptional), other booleans as True (all tokens count), numbers
@@ -108,11 +108,11 @@ def record(
     return stages.peak(sum(sizes.values()), more)
 
 
-class _Allocations(_Mode):  # type: ignore[no-untyped-call]
+class _Allocations(_Mode):
     """Tracks every storage that an operation returns until it is freed."""
 
     def __init__(self, model: nn.Module, stages: Stages, on_cpu: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.total = 0
         self._stages = stages
         self._on_cpu = on_cpu

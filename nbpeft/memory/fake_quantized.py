@@ -139,7 +139,7 @@ class FakeQuantizedLinear(nn.Module):
         bias = self._parameters["bias"]
         if self.kind == "int8" and not torch.is_grad_enabled():
             return _integer_product(x, self.out_features)
-        output: Tensor = _Product.apply(x, bias, self)  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(x, bias, self)
         return output
 
 

@@ -49,7 +49,7 @@ def has_instructions(dtype: torch.dtype) -> bool | None:
     Returns:
         None if torch does not report it, as on Apple's CPUs.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return None
     # With AVX512 but without AVX512-BF16, oneDNN accepts bfloat16 and converts each element to float32 and back.
     converts = dtype == torch.bfloat16 and _is("avx512") and not _is("avx512_bf16")

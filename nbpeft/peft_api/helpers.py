@@ -210,7 +210,7 @@ def check_deepspeed_zero3_enabled() -> bool:
     """Returns whether transformers loads models for DeepSpeed ZeRO-3."""
     from transformers.integrations import deepspeed
 
-    return bool(deepspeed.is_deepspeed_zero3_enabled())  # type: ignore[no-untyped-call]
+    return bool(deepspeed.is_deepspeed_zero3_enabled())
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:

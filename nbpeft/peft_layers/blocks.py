@@ -22,7 +22,7 @@ class PeftBlock(AdaptedBlock):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "layer" not in state:
             refuse_pickle_of_peft(self, state)
-        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+        nn.Module.__setstate__(self, state)
 
     def get_base_layer(self) -> nn.Module:
         """Returns the frozen block."""

@@ -347,7 +347,7 @@ class Linear(nn.Module, LoraLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_caches" in state:  # pickles of PEFT's layers have it; these layers do not
             refuse_pickle_of_peft(self, state)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the frozen layer's output plus the active adapters' deltas, in the dtype of the layer's output.

@@ -191,7 +191,7 @@ def _shard_on_the_cpu() -> None:
 def _share_frozen(model: Any) -> None:
     """Excludes frozen parameters from DDP's initial broadcast, because all processes have read them from one file."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 def _device(folder: Path, local_rank: int) -> str:

@@ -42,8 +42,8 @@ class TwoPassCache(DynamicCache):
 
     def reset(self) -> None:
         """As ``DynamicCache``, for both caches."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self.first_pass.reset()  # type: ignore[no-untyped-call]
+        super().reset()
+        self.first_pass.reset()
 
 
 def with_first_pass(

@@ -262,10 +262,10 @@ class Transaction:
                 old = copies[: len(block)]
                 torch._foreach_copy_(old, block)
                 # An error may come before the others have all old values; until then the copies restore them.
-                self._undo.append(functools.partial(torch._foreach_copy_, block, old))
+                self._undo.append(functools.partial(_copy_all_, block, old))
                 torch._foreach_copy_(block, new)
                 torch._foreach_copy_(new, old)
-                self._undo[-1] = functools.partial(torch._foreach_copy_, block, new)
+                self._undo[-1] = functools.partial(_copy_all_, block, new)
 
     def keep_data(self, parameters: Iterable[nn.Parameter]) -> None:
         """Records ``data`` and ``grad`` of parameters, without a copy; for writes that replace both."""
@@ -331,6 +331,10 @@ class Block:
             self._transaction.end(failed=True, quiet=self._quiet)
             raise
         return self._transaction.end(failed=failed, quiet=self._quiet)
+
+
+def _copy_all_(tensors: list[Tensor], values: list[Tensor]) -> None:
+    torch._foreach_copy_(tensors, values)
 
 
 def _write_back(tensors: list[Tensor], flat: Tensor) -> None:

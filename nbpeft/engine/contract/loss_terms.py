@@ -141,7 +141,7 @@ class LossTerm(Tensor):
                 if own and own <= terms_in(loss, own):
                     return loss
                 return func(*(x.as_subclass(Tensor) if isinstance(x, cls) else x for x in args), **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def _joined(parts: Iterable[Tensor]) -> list[Tensor]:
@@ -173,7 +173,7 @@ def _marked(term: Tensor, key: Key) -> Tensor:
         return term
     if not term.requires_grad:  # otherwise no node would be recorded
         term = term.detach().requires_grad_()
-    return _Marked.apply(term, key)  # type: ignore[no-untyped-call]
+    return _Marked.apply(term, key)
 
 
 def terms_in(loss: Tensor, wanted: Iterable[Key] = ()) -> set[Key]:

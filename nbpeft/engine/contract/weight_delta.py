@@ -185,7 +185,7 @@ def apply_delta(
     dtype = dtype or compute_dtype(x, parameters[0])
     if composes():
         return _map(base, _cast(x, dtype), compute(*parameters).to(dtype), bias)
-    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)  # type: ignore[no-untyped-call]
+    return _ApplyDelta.apply(x, base, compute, dtype, bias, *parameters)
 
 
 def in_one_product(
@@ -310,7 +310,7 @@ def keeping_inputs(
     """
     if composes() or (keeps_little and compute_dtype(x, parameters[0]) == x.dtype):
         return function(x, *parameters)
-    return _KeepingInputs.apply(function, x, *parameters)  # type: ignore[no-untyped-call]
+    return _KeepingInputs.apply(function, x, *parameters)
 
 
 class _KeepingInputs(torch.autograd.Function):

@@ -117,7 +117,7 @@ def composes() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -186,4 +186,4 @@ def add_delta(output: Tensor, delta: Tensor) -> Tensor:
         return output + delta
     if composes():
         return (output + delta).to(output.dtype)
-    return _AddDelta.apply(output, delta)  # type: ignore[no-untyped-call]
+    return _AddDelta.apply(output, delta)

@@ -211,7 +211,7 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, pointwise: bool 
         return function(*inputs)
     pointwise = pointwise and all(tensor.shape == inputs[0].shape for tensor in inputs)
     recomputation = Recomputation(function, inputs, pointwise)
-    output: Tensor = _Recompute.apply(function, recomputation, *inputs)  # type: ignore[no-untyped-call]
+    output: Tensor = _Recompute.apply(function, recomputation, *inputs)
     setattr(output, _ORIGIN, Origin(recomputation, inputs, output._version))
     return output
 

@@ -224,7 +224,7 @@ def grouped_product(x: Tensor, left: Tensor, right: Tensor, offs: Tensor) -> Ten
         parts = [x[rows] @ left[i].to(x.dtype) @ right[i].to(x.dtype) for i, rows in groups]
         return F.pad(torch.cat(parts), (0, 0, 0, len(x) - ends[-1])) if parts else x.new_zeros(len(x), right.shape[2])
     with without_autocast(x.device.type):
-        return _Grouped.apply(x, left, right, groups)  # type: ignore[no-untyped-call]
+        return _Grouped.apply(x, left, right, groups)
 
 
 class _Grouped(torch.autograd.Function):

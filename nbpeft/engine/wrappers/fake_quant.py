@@ -115,7 +115,7 @@ class FakeQuantLayer:
             adapter = layer.adapter(name)
             if any(parameter.requires_grad for parameter in adapter.parameters()):
                 added = adapter(inputs, output.detach(), bases[name])
-                output = _StraightThrough.apply(output, added, scale)  # type: ignore[no-untyped-call]
+                output = _StraightThrough.apply(output, added, scale)
         return output
 
     def _current(self, layer: Layer, chosen: Chosen) -> nn.Module:

@@ -288,10 +288,10 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         self.__dict__["base"] = self.own_base()
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()
         adapters: Any = AdapterDict()
         for name, adapter in self.adapters._modules.items():
-            adapters._modules[name] = adapter._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+            adapters._modules[name] = adapter._replicate_for_data_parallel()
         replica.__dict__.update(active_state=ReplicaState(self.active_state), adapters=adapters, _twin=None)
         # torch makes a replica of the class of the original.
         replica.__class__ = LayerReplica
@@ -562,7 +562,7 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         # The adapters are no submodules themselves, so ``.to()`` would not reach them.
         for child in (*self._modules.values(), self.adapters) if recurse else ():
             child._apply(fn)  # type: ignore[union-attr]
-        return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse=False)
 
     def called_children(self) -> tuple[nn.Module, nn.Module]:
         """The modules that are called, moved and switched between modes: the frozen layer and the adapters."""

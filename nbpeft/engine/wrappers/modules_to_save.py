@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(Wrapper):
         return self._mixed(active.rows, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
-        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: Any = super()._replicate_for_data_parallel()
         replica.__dict__["active_state"] = ReplicaState(self.active_state)
         return replica
 

@@ -24,7 +24,7 @@ class Wrapper(nn.Module):
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         if isinstance(self.active_state, LayerState):  # the next command on the model ends it in a copy, too
             self.active_state.shared.apart.add(self)
 

@@ -155,7 +155,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
-        super().__setstate__({_SPECIAL: {*OF_CALLS}, **state})  # type: ignore[no-untyped-call]
+        super().__setstate__({_SPECIAL: {*OF_CALLS}, **state})
         self._update_prompts()  # before the copy's embedding may be replaced
 
     @classmethod
@@ -321,7 +321,7 @@ class PeftModel(ShowsPrompts, PushesToHub):
             return self.get_base_model()(*args, **kwargs)
         # Rows are assigned in each call, and compiled code would not see that the assignment changed. Nor would it
         # run the method's preparation of each call or add its extra loss. So such calls are not compiled.
-        alone: Any = torch.compiler.disable(self._forward_pinned)  # type: ignore[no-untyped-call]
+        alone: Any = torch.compiler.disable(self._forward_pinned)
         return alone(adapter_names, *args, **kwargs)
 
     def _transforms_calls(self, names: tuple[str, ...], training: bool) -> bool:

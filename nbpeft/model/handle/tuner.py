@@ -119,7 +119,7 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if MANAGER not in state:
             refuse_pickle_of_peft(self, state)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.show_adapters()
         hooks.adapted()
 
@@ -282,7 +282,7 @@ class BaseTuner(ShowsAdapters, metaclass=TunerType):
             return self._forward_in_training(*args, **kwargs)
         if not self._learns_with_hooks(self.manager.active_state.traced.names):
             return self.model(*args, **kwargs)
-        alone: Any = torch.compiler.disable(self._forward_in_training)  # type: ignore[no-untyped-call]
+        alone: Any = torch.compiler.disable(self._forward_in_training)
         return alone(*args, **kwargs)
 
     def _forward_in_training(self, *args: Any, **kwargs: Any) -> Any:

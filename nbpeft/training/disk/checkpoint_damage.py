@@ -79,7 +79,7 @@ def archive_damage(file: Path) -> str | None:
     if check is None:
         return None
     try:
-        with safe_globals():  # type: ignore[no-untyped-call]
+        with safe_globals():
             check(unpickled(file))
     except Exception:  # torch, pickle, numpy and random each have their own errors
         return f"{file.name} is damaged: {remedy}"

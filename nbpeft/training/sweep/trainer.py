@@ -287,7 +287,7 @@ class SideBySideTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Returns the norm like the base class, but separately: one diverging member must not affect the others."""
         if grad_norm is not None or not self.group.training:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
         return torch.stack([member.measure_norm() for member in self.group.training]).max().item()
 
     # Evaluation

@@ -123,7 +123,7 @@ class TrackCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Writes the metrics, named ``train/loss``, ``eval/loss`` etc."""
-        renamed: dict[str, Any] = rewrite_logs(logs or {})  # type: ignore[no-untyped-call]
+        renamed: dict[str, Any] = rewrite_logs(logs or {})
         numbers = {name: value for name, value in renamed.items() if isinstance(value, int | float)}
         for name, tracker in list(self._open.items()):
             try:

@@ -84,11 +84,11 @@ def in_order(rows: PackedRows) -> list[int]:
 def assert_learns_the_same(model: nn.Module, rows: PackedRows, collator: PackedCollator) -> None:
     """Losses of each token, and gradients of all parameters, packed and one row at a time."""
     packed = losses(model, collator([rows[index] for index in range(len(rows))]))
-    packed.sum().backward()  # type: ignore[no-untyped-call]
+    packed.sum().backward()
     gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
     model.zero_grad()
     alone = [losses(model, dict(collator.plain([rows.row(number)]))) for number in in_order(rows)]
-    torch.cat(alone).sum().backward()  # type: ignore[no-untyped-call]
+    torch.cat(alone).sum().backward()
     assert_close(packed, torch.cat(alone))
     assert gradients
     for name, gradient in gradients.items():

@@ -84,7 +84,7 @@ class FourierFT(Placed):
         wide = widest(spectrum.dtype)
         dense = torch.zeros(shape[0] * shape[1], device=spectrum.device, dtype=wide)
         dense = dense.index_put((self.places(base),), spectrum.to(wide)).view(shape)
-        made = _real_inverse(dense) if composes() else _RealInverse.apply(dense)  # type: ignore[no-untyped-call]
+        made = _real_inverse(dense) if composes() else _RealInverse.apply(dense)
         return (made * self.scaling).to(spectrum.dtype)
 
 

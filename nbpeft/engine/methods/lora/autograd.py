@@ -50,7 +50,7 @@ def lean_product(
         dtype: in which the product is computed.
     """
     lora_A, lora_B, scaling = factors
-    return _LowRank.apply(x, lora_A, lora_B, onto, frozen, scaling, probability, dtype)  # type: ignore[no-untyped-call]
+    return _LowRank.apply(x, lora_A, lora_B, onto, frozen, scaling, probability, dtype)
 
 
 class _LowRank(torch.autograd.Function):

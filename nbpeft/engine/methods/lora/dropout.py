@@ -117,4 +117,4 @@ def lean_dropout(x: Tensor, dropout: Dropout) -> Tensor:
         return x
     if dropout.probability >= 1.0 or x.device.type != "cpu" or composes():
         return F.dropout(x, dropout.probability)
-    return _LeanDropout.apply(x, dropout.probability)  # type: ignore[no-untyped-call]
+    return _LeanDropout.apply(x, dropout.probability)

@@ -78,5 +78,5 @@ def joined(factor: str, parts: Sequence[Sequence[Tensor]]) -> Tensor:
     """
     if factor == FACTORS[0]:
         return torch.cat([torch.cat(of_one) for of_one in zip(*parts, strict=True)])
-    blocks = [torch.block_diag(*of_one) for of_one in zip(*parts, strict=True)]  # type: ignore[no-untyped-call]
+    blocks = [torch.block_diag(*of_one) for of_one in zip(*parts, strict=True)]
     return torch.stack(blocks, dim=-1).flatten(1)

@@ -54,7 +54,7 @@ def in_few_launches(
         (..., out) in the dtype of ``onto`` or of the layer's output, else in ``dtype``.
     """
     if torch.is_grad_enabled():
-        output: Tensor = _FewLaunches.apply(x, *factors[:2], onto, frozen, factors[2], probability, dtype)  # type: ignore[no-untyped-call]
+        output: Tensor = _FewLaunches.apply(x, *factors[:2], onto, frozen, factors[2], probability, dtype)
         return output
     return _total(x, factors, onto, frozen, probability, dtype)[0]
 

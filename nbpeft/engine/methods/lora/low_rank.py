@@ -179,7 +179,7 @@ class LowRankConvolution(LowRank):
         """The product for (batch, in, *space): (batch, out, *space')."""
         dtype = compute_dtype(x, factors[0])
         if torch.is_grad_enabled() and (probability or x.dtype != dtype):
-            delta: Tensor = _LeanProduct.apply(x, *factors, probability, dtype, self, module)  # type: ignore[no-untyped-call]
+            delta: Tensor = _LeanProduct.apply(x, *factors, probability, dtype, self, module)
         else:
             delta = self.compose(module, _dropped(x, probability, dtype)[0], factors)
         return delta if onto is None else add_delta(onto, delta)

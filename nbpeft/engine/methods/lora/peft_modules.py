@@ -94,7 +94,7 @@ def block_diagonal(blocks: Tensor, count: int) -> Tensor:
     Returns:
         (rows, columns).
     """
-    return torch.block_diag(*blocks.chunk(count))  # type: ignore[no-untyped-call]
+    return torch.block_diag(*blocks.chunk(count))
 
 
 class BlockDiagonalFactor(ParameterModule):

@@ -349,7 +349,7 @@ class Adamss(Adapter, ConvertsToLora, HasFixedTensors, HotSwaps):
 
     def _up(self, *given: Tensor) -> Tensor:
         """All B, each in its rows and columns, (out, ranks)."""
-        blocks: Tensor = torch.block_diag(*given)  # type: ignore[no-untyped-call]
+        blocks: Tensor = torch.block_diag(*given)
         return torch.zeros_like(blocks).index_copy(0, self.tensor(CLUSTERS).argsort(stable=True), blocks)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:

@@ -138,7 +138,7 @@ def projection(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
 def _projected(tensor: Tensor, basis: Tensor, inside: bool) -> Tensor:
     """Returns a tensor unchanged; only the ``projection`` of its gradient is passed on."""
     if not composes():
-        return _Projected.apply(tensor, basis, inside)  # type: ignore[no-untyped-call]
+        return _Projected.apply(tensor, basis, inside)
     part = projection(tensor, basis, inside)
     return tensor.detach() + (part - part.detach())
 

@@ -209,7 +209,7 @@ class Pvera(ProjectedVectors, ConvertsToLora, HasTrainingState):
             return torch.randn_like(tensor)
         draw: Any = self.normals.like
         if torch.compiler.is_compiling():  # torch.compile does not support generators
-            draw = torch.compiler.disable(draw)  # type: ignore[no-untyped-call]
+            draw = torch.compiler.disable(draw)
         drawn: Tensor = draw(tensor)
         return drawn
 

@@ -249,7 +249,7 @@ class OFTOnLinear(OFT, TransformsInput):
         if composes():
             return self.rotated(x, kept, triangles).to(x.dtype)
         rotations = partial(self.rotations, kept=kept)
-        return _Rotate.apply(x, triangles, rotations)  # type: ignore[no-untyped-call]
+        return _Rotate.apply(x, triangles, rotations)
 
     def forward(self, x: Tensor, base_output: Tensor, base: BaseLayer) -> Tensor:
         """``W (R x - x)``."""

@@ -16,7 +16,7 @@ from nbpeft.errors import AdapterError
 _FOR_HEADS = ("logits_to_keep", "num_logits_to_keep", "num_items_in_batch")
 
 
-class DetachedShadowModel(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class DetachedShadowModel(PreTrainedModel, GenerationMixin):
     """A network with its projection and a head: ``head(projection(backbone(x)))``, a causal LM or a classifier.
 
     Args:

@@ -178,7 +178,7 @@ def _saved(source: str) -> Recipe:
         else:
             own = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            network_class = type(AutoModel.from_config(own))  # type: ignore[no-untyped-call]
+            network_class = type(AutoModel.from_config(own))
     except config_errors(KeyError) as error:
         raise unreadable(source, error) from None
     return Recipe(network_class, own, source, is_projected=is_projected)

@@ -149,7 +149,7 @@ class Arrow(Adapter, HotSwaps):
         routed, general = self._products(base)
         prepare: Any = self._prepared
         if torch.compiler.is_compiling():  # compiled code has no guards for changes of tensors
-            prepare = torch.compiler.disable(prepare)  # type: ignore[no-untyped-call]
+            prepare = torch.compiler.disable(prepare)
         prototypes, means = prepare(routed, general)
         tokens = x.to(compute_dtype(x, routed[0].trained_factors[0]))
         weights = self._coefficients(tokens, prototypes.to(tokens.dtype))

@@ -92,7 +92,7 @@ def _weighted_normals(weights: Tensor, seed: int, shape: tuple[int, ...]) -> Ten
     if composes():
         samples = torch.randn(len(weights), *shape, device=weights.device)
         return (samples * weights.view(-1, 1, 1)).sum(0)
-    return _WeightedNormals.apply(weights, seed, shape)  # type: ignore[no-untyped-call]
+    return _WeightedNormals.apply(weights, seed, shape)
 
 
 def dirichlet_divergence(concentration: Tensor, prior: float) -> Tensor:
