@@ -31,6 +31,7 @@ from nbpeft.engine.contract.adapter_weights import LowRankDelta as LowRankDelta
 from nbpeft.engine.contract.adapter_weights import ReadsTensors as ReadsTensors
 from nbpeft.engine.contract.base import BaseLayer, LayerKind, Shapes
 from nbpeft.engine.contract.bindable import Bindable
+from nbpeft.engine.contract.capabilities import AddsTogether as AddsTogether
 from nbpeft.engine.contract.capabilities import ChangesBase as ChangesBase
 from nbpeft.engine.contract.capabilities import ConvertsToLora as ConvertsToLora
 from nbpeft.engine.contract.capabilities import FusesAdd as FusesAdd

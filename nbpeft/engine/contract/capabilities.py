@@ -4,6 +4,7 @@ The engine checks ``isinstance(adapter, Rescales)`` and never which method it ha
 
     TransformsInput, TransformsOutput   change the input or output of the base call, without a second matrix product
     ReplacesCall                        compute the layer's output without the base call
+    AddsTogether                        add several active adapters to an output in one pass
     FusesAdd, MergesInPlace             add to the output or to the weight without a second tensor of that size
     Rescales                            have a scaling that can be changed
     ChangesBase                         change the frozen layer when they are added to it
@@ -93,6 +94,28 @@ class TransformsOutput:
 
 class FusesAdd:
     """Its ``forward`` takes ``fused=True`` and then returns ``base_output`` plus the delta, which can be cheaper."""
+
+
+class AddsTogether(ABC):
+    """Adds the deltas of several active adapters of this class to an output in one pass."""
+
+    @classmethod
+    @abstractmethod
+    def added(
+        cls, adapters: Sequence[Any], scales: Sequence[float], x: Tensor, output: Tensor, base: BaseLayer
+    ) -> Tensor | None:
+        """Computes ``output`` plus the scaled deltas.
+
+        Args:
+            adapters: at least two adapters of this class.
+            scales: factor on the delta of each.
+            x: the layer's input.
+            output: the base layer's output, on the device of ``x``.
+            base: the layer.
+
+        Returns:
+            The sum in the dtype of ``output``; None if the deltas have to be computed one after the other.
+        """
 
 
 class MergesInPlace(ABC):

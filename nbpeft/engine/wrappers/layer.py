@@ -16,6 +16,7 @@ from nbpeft.engine.changes.spill_file import SpillFile
 from nbpeft.engine.changes.transaction import Transaction
 from nbpeft.engine.contract.adapter import (
     Adapter,
+    AddsTogether,
     FusesAdd,
     ReplacesCall,
     TransformsInput,
@@ -248,12 +249,16 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         return twin.output(self, x, chosen, bases, args, kwargs)
 
     def _with_deltas(self, x: Tensor, output: Tensor, active: ActiveAdapters) -> Tensor:
+        adapters: Any = self.adapters._modules
+        present = [
+            (name, adapters[name], scale)
+            for name, scale in zip(active.names, active.scales, strict=True)
+            if name in adapters
+        ]
+        if len(present) > 1 and (added := self._together(x, output, active, present)) is not None:
+            return added
         total: Tensor | None = None
-        adapters = self.adapters._modules
-        for name, scale in zip(active.names, active.scales, strict=True):
-            adapter = adapters.get(name)
-            if adapter is None:
-                continue
+        for name, adapter, scale in present:
             delta: Tensor = adapter(x, output, self.base_in(active, name))
             if scale != 1.0:
                 delta = delta * scale
@@ -263,6 +268,16 @@ class AdaptedLayer(ShowsAdapters, Wrapper):
         if total.device != output.device:
             total = total.to(output.device)
         return add_delta(output, total)
+
+    def _together(
+        self, x: Tensor, output: Tensor, active: ActiveAdapters, present: Sequence[tuple[str, Any, float]]
+    ) -> Tensor | None:
+        """The output plus the deltas of several adapters of one method, if that adds them in one pass; else None."""
+        _, adapters, scales = zip(*present, strict=True)
+        kind = type(adapters[0])
+        if active.context or not issubclass(kind, AddsTogether) or any(type(other) is not kind for other in adapters):
+            return None
+        return kind.added(adapters, scales, x, output, self.own_base())
 
     def base_in(self, active: ActiveAdapters, name: str) -> BaseLayer:
         """The layer as an adapter sees it in the running call."""

@@ -10,7 +10,8 @@ W and b stay frozen; A starts random and B at zero, so training starts at the ba
     one function      ``products``, which stores little for backward on a CPU and starts few kernels on an
                       accelerator. ``LoRA.output`` calls it on an ordinary linear layer, W x included: set a breakpoint
                       for the usual call there. On every other linear layer, and on a CPU if W is in half precision,
-                      ``LowRank.forward`` calls it for the product alone.
+                      ``LowRank.forward`` calls it for the product alone. Several active adapters are one product of
+                      their joined factors (``LoRA.added``).
     plain operations  ``LowRank.down``, then ``up``: for ``torch.compile``, ``torch.func`` and hooks on ``lora_A`` and
                       ``lora_B``, which must see each operation; for convolutions and embeddings, which are no matrix
                       products; and for variants that change the values between the factors (VeLoRA, Arrow, X-LoRA).
@@ -26,10 +27,12 @@ A bare parameter is no layer: its module multiplies by it, so ``wrappers.factore
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from nbpeft.engine.contract.adapter import ReplacesCall
+from nbpeft.engine.contract.adapter import AddsTogether, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import OwnKinds, SharedTensors
 from nbpeft.engine.contract.registry import register
@@ -39,7 +42,7 @@ from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
 from nbpeft.engine.methods.lora.parameters import ParameterLoRA
 from nbpeft.engine.methods.lora.plain import LowRankProduct
-from nbpeft.engine.methods.lora.products import adapted_linear
+from nbpeft.engine.methods.lora.products import adapted_linear, low_rank_linear
 from nbpeft.engine.methods.lora.tied import TiedProduct, check_tied
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -77,8 +80,29 @@ def _tied_class(config: LoraConfig, paths: Sequence[str]) -> type[TiedProduct]:
     shares=SharedTensors(tied_class=_tied_class),
     **FAMILY,
 )
-class LoRA(LowRankProduct, ReplacesCall):
+class LoRA(LowRankProduct, ReplacesCall, AddsTogether):
     """A LoRA adapter on one layer."""
+
+    @classmethod
+    def added(
+        cls, adapters: Sequence[Any], scales: Sequence[float], x: Tensor, output: Tensor, base: BaseLayer
+    ) -> Tensor | None:
+        """The product of the factors of all adapters, joined along the rank; None unless all are plain products."""
+        if composes() or not base.kind.is_linear:
+            return None
+        parts, factors = [], []
+        for adapter, scale in zip(adapters, scales, strict=True):
+            drops = adapter.dropout and adapter.training
+            if drops or adapter.observed is not None or adapter._buffers or adapter.output_bias is not None:
+                return None
+            parts.append(adapter.own_factors)
+            factors.append(adapter.scaling * scale)
+        if len({(part.dtype, part.device) for pair in parts for part in pair}) > 1 or parts[0][0].device != x.device:
+            return None
+        alike = all(type(factor) is float and factor == factors[0] for factor in factors)
+        lora_B = [B if alike else B * factor for (_, B), factor in zip(parts, factors, strict=True)]
+        joined = torch.cat([lora_A for lora_A, _ in parts]), torch.cat(lora_B, 1), factors[0] if alike else 1.0
+        return low_rank_linear(x, joined, 0.0, output)
 
     def output(self, x: Tensor, base: BaseLayer) -> Tensor | None:
         """The output of an ordinary linear layer plus the product, in one function; None for anything else.
