@@ -33,8 +33,8 @@ from nbpeft.errors import ConfigError, LayerKindError, MergeError
 
 FactorShapes = tuple[tuple[int, ...], tuple[int, ...]]
 
-_MERGE_ROWS = 256
-"""Rows of a weight that are merged at a time, which bounds the additional memory of a merge."""
+_MERGED_AT_ONCE = 1 << 18
+"""Elements of a weight that are merged at a time in another dtype: what a processor's cache holds."""
 
 
 class LowRank:
@@ -241,7 +241,7 @@ class LowRankParameter(LowRank):
 
 
 def add_product_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) -> None:
-    """Adds ``factor * B A`` to a matrix in place, some rows at a time if another dtype needs a copy.
+    """Adds ``factor * B A`` to a matrix in place; in another dtype some rows at a time, each rounded once.
 
     Args:
         weight: (out, in).
@@ -252,9 +252,13 @@ def add_product_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) 
     if weight.dtype == lora_A.dtype and fits(factor, weight.dtype):
         weight.addmm_(lora_B, lora_A, alpha=factor)
         return
-    for start in range(0, weight.shape[0], _MERGE_ROWS):
-        rows = slice(start, start + _MERGE_ROWS)
-        weight[rows] += (lora_B[rows] @ lora_A) * factor
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    # One buffer for all rows: fresh memory costs more than the arithmetic.
+    count = max(1, min(weight.shape[0], _MERGED_AT_ONCE // max(1, weight.shape[1])))
+    buffer = torch.empty(count, weight.shape[1], dtype=dtype, device=weight.device)
+    for rows, left in zip(weight.split(count), lora_B.split(count), strict=True):
+        rows.copy_(buffer[: len(rows)].copy_(rows).addmm_(left, lora_A, alpha=factor))
 
 
 _BY_KIND: dict[LayerKind, LowRank] = {}
