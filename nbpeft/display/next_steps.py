@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from nbpeft.errors import cut
 from nbpeft.state import ENDED, NamedRows, SessionState, TrainState
 
 
@@ -23,12 +22,13 @@ class _Step:
 _SAVE = _Step("Save", "%lora save adapters/{name} --adapter {name}{model}")
 _PANEL = _Step("Compare", "%lora compare --panel{model}", of_answers=True, for_each=False)
 _SCORE = "{score}"
+_ANY_PROMPT, _LONGEST = '"your prompt"', 200
 _THEN = (
     _Step(_SCORE, "%lora score {name} --data {rows}{model}"),
     _Step("Ship", "%lora ship {name} --for {engine}{model}"),
 )
-_STEPS = (_SAVE, _Step("Ask", '%lora ask "{prompt}" --adapter {name}{model}', of_answers=True), _PANEL, *_THEN)
-_EACH_ANSWERS = '%lora compare "{prompt}" --adapters {names}{model}'
+_STEPS = (_SAVE, _Step("Ask", "%lora ask {prompt} --adapter {name}{model}", of_answers=True), _PANEL, *_THEN)
+_EACH_ANSWERS = "%lora compare {prompt} --adapters {names}{model}"
 _STEPS_OF_SEVERAL = (_SAVE, _Step("Ask each", _EACH_ANSWERS, of_answers=True, for_each=False), _PANEL, *_THEN)
 
 
@@ -72,7 +72,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
     alone, generates, scored = len(state.models) == 1, model is None or model.generates, model is None or model.scored
     words = {
         "names": " ".join(names),
-        "prompt": _escaped(cut(train.samples[-1].prompt, 60)) if train.samples else "your prompt",
+        "prompt": _quoted(train.samples[-1].prompt) if train.samples else _ANY_PROMPT,
         "model": "" if alone else f" --model {model_name}",
         "score": _score_label(train.rows),
         "engine": "ollama" if generates else "transformers",
@@ -124,10 +124,13 @@ def _rows_of(adapter: str, rows: NamedRows) -> str:
     return f"{text} --held-out" if text and rows.held_out and rows.numbered else text or "DATA"
 
 
-def _escaped(prompt: str) -> str:
-    """A prompt as it is written between quotation marks in a line."""
-    escapes: dict[str, str | int | None] = {"\\": r"\\", "\n": r"\n", "\t": r"\t", '"': "'"}
-    return prompt.translate(str.maketrans(escapes))
+def _quoted(prompt: str) -> str:
+    """A prompt as one word of a line; a placeholder if that is long, or cannot be written."""
+    escapes: dict[str, str | int | None] = {"\\": r"\\", "\n": r"\n", "\t": r"\t"}
+    text = prompt.translate(str.maketrans(escapes))
+    quote = "'" if '"' in text else '"'
+    fits = len(text) <= _LONGEST and text.isprintable() and quote not in text
+    return f"{quote}{text}{quote}" if fits else _ANY_PROMPT
 
 
 def _word(text: str) -> str:

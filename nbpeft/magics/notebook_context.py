@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import os
 import re
 import sys
@@ -77,12 +78,15 @@ class NotebookContext:
     cell: str | None = None
     silent: bool = False
 
-    def source(self, fields: Mapping[str, Any], rows: Mapping[str, str | None]) -> dict[str, str]:
+    def source(
+        self, fields: Mapping[str, Any], rows: Mapping[str, str | None], functions: Mapping[str, Sequence[str] | None]
+    ) -> dict[str, str]:
         """The text of the magic, to show or run it later, without fields that contain a token or password.
 
         Args:
             fields: the fields of the magic, evaluated.
             rows: options of the line about the rows -> their text. Texts that ``by_name`` accepts are included.
+            functions: options with functions -> their words. Those are included for which ``own_functions`` finds all.
 
         Returns:
             ``line``, ``cell`` and those options -> text.
@@ -94,6 +98,7 @@ class NotebookContext:
             "line": masked(re.sub(rf"(?<!\S)(?:{words})=\S*", "", self.line)).strip(),
             "cell": "\n".join(masked(f"{item.name} = {ast.unparse(item.value)}") for item in shown),
             **{option: text for option, text in rows.items() if text is not None and self.by_name(text) is not None},
+            **{option: " ".join(words) for option, words in functions.items() if words and self.own_functions(words)},
         }
 
     def adapter_names(self) -> list[str]:
@@ -220,6 +225,12 @@ class NotebookContext:
         """
         own = getattr(builtins, text, None) if text not in self.namespace else None
         return own if callable(own) else self.value(text, option)
+
+    def own_functions(self, names: Sequence[str]) -> list[Any]:
+        """Return the functions with these names, from an untrusted source; empty unless cells define all of them."""
+        found = [self.namespace.get(name) for name in names]
+        own = self.namespace.get("__name__", "__main__")
+        return found if all(inspect.isfunction(one) and one.__module__ == own for one in found) else []
 
     def prompt(self, text: str | None, what: str = "the prompt") -> Any:
         """Return a prompt: a text, or the value of an expression: a text, a conversation or a list of them.

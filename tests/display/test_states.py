@@ -18,6 +18,8 @@ from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
 from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card, training_text
+from nbpeft.magics.parse import prompt_text
+from nbpeft.magics.tokenize import tokenize
 from nbpeft.session.results import MemoryReport
 from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, NamedRows, Sample, SessionState
 from nbpeft.widgets import styles
@@ -358,11 +360,24 @@ class TestWhatFollowsATraining:
         assert steps is not None
         assert dict(steps.commands) == {
             "Save": "%lora save adapters/orders --adapter orders --model model",
-            "Ask": "%lora ask \"Say 'hi'\\n\\\\o/\" --adapter orders --model model",
+            "Ask": "%lora ask 'Say \"hi\"\\n\\\\o/' --adapter orders --model model",
             "Compare": "%lora compare --panel --model model",
             "Score": "%lora score orders --data DATA --model model",
             "Ship": "%lora ship orders --for ollama --model model",
         }
+
+    @pytest.mark.parametrize(
+        "prompt",
+        ["a " * 99 + "b", "it's", 'say "hi"', "{rows} and $x [0", "a\tb\\n\nc", 'it\'s "both"', "a" * 300, "\x1b[31m"],
+    )
+    def test_a_prompt_is_written_so_that_it_is_read_unchanged(self, prompt: str) -> None:
+        steps = following(ended(samples=(Sample(3, prompt, ""),)))
+        assert steps is not None
+        word = tokenize(dict(steps.commands)["Ask"])[2]
+        written = (
+            len(prompt) <= 200 and prompt.replace("\n", "").replace("\t", "").isprintable() and "both" not in prompt
+        )
+        assert word.quoted and prompt_text(word.text) == (prompt if written else "your prompt")
 
     def test_the_rows_to_score_on_are_those_that_the_cell_named(self) -> None:
         for learned, label in ((False, "Score"), (True, "Score on its training rows")):

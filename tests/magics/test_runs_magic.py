@@ -186,6 +186,22 @@ def test_objects_are_named_and_given_again(bare: Notebook, place: Path) -> None:
     assert bare["Mine"].made == [1, 1]
 
 
+def test_rewards_are_found_by_their_names_if_cells_define_them(bare: Notebook, place: Path) -> None:
+    define = "def short(completions, **_):\n    return [-float(len(text)) for text in completions]"
+    prepare(bare).do(f"{define}\nasked = [{{'prompt': row['prompt']}} for row in rows]\nmore = short")
+    bare.session.on_run(lambda run, name: run.control.request_stop())
+    cell = "%%lora_train model --data asked --tokenizer tok --reward short --reward more\nmax_steps = 3\n"
+    bare.do(f"{cell}max_completion_length = 4\nnum_generations = 2\nper_device_train_batch_size = 2")
+    assert json.loads((place / "sql-1" / "run.json").read_text())["source"]["reward"] == "short more"
+    told = "pass them again: %lora resume sql-1 --reward FUNCTION"
+    bare.do("del more, short")
+    assert bare.run("%lora resume").line.endswith(f"{told} (not defined here: short, more)")
+    bare.do("from os import system as short\nmore = short")  # not a function that a cell defines
+    assert bare.run("%lora resume").line.endswith(told)
+    bare.do(f"{define}\nmore = short")
+    assert str(bare.do("%lora resume")).startswith("resumed sql-1 at step 0")
+
+
 def test_a_model_of_another_name_is_given(bare: Notebook) -> None:
     killed(2)
     prepare(bare, adapter=False).do("base = model; del model")

@@ -16,6 +16,7 @@ from nbpeft.magics.parse import argument, rows_by_adapter
 from nbpeft.magics.registry import COLUMNS, DATA, TOKENIZER, subcommand
 from nbpeft.magics.subcommands.training import (
     EVAL,
+    FUNCTIONS,
     PROCESSES,
     REPLACE,
     REWARD,
@@ -115,7 +116,7 @@ def resume(options: argparse.Namespace, notebook: NotebookContext) -> object:
 
 
 def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: NotebookContext) -> dict[str, Any]:
-    """The arguments for the session; rows and tokenizer not given in the line are looked up by their former names."""
+    """The arguments for the session; what the line leaves out (rows, tokenizer, functions) is looked up by its name."""
     source = facts.get("source") or {}
     arguments: dict[str, Any] = training_arguments(options, notebook)
     for name in ("data", "eval_data"):
@@ -123,6 +124,10 @@ def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: Note
         arguments[name] = notebook.by_name(source.get(name)) if text is None else notebook.data(text, _OPTIONS[name][0])
     if "score" not in arguments and (rows := notebook.by_name(source.get("score"))) is not None:
         arguments["score"] = rows
+    for name in FUNCTIONS:
+        functions = notebook.own_functions(str(source.get(name) or "").split())
+        if functions and name not in arguments:
+            arguments[name] = functions
     text = options.tokenizer
     if text is None and notebook.by_name(source.get("tokenizer")) is not None:
         text = source["tokenizer"]
@@ -147,8 +152,10 @@ def _for_each(words: str, adapters: Sequence[str]) -> str:
 def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: NotebookContext) -> str:
     """The variables of the run's rows that the notebook does not have, as text; empty if there are none."""
     source = facts.get("source") or {}
-    texts = [str(source.get(name, "")) for name in missing]
+    functions = [name for name in missing if name in FUNCTIONS]
+    texts = [str(source.get(name, "")) for name in missing if name not in functions]
     parts = [part for text in texts for part in (rows_by_adapter(text) or {"": text}).values()]
+    parts += [part for name in functions for part in str(source.get(name, "")).split()]
     names = [part for part in dict.fromkeys(parts) if part.isidentifier() and part not in notebook.namespace]
     return f" (not defined here: {few(names, quoted=False)})" if names else ""
 

@@ -57,6 +57,8 @@ _RESERVED = (
 )
 ROWS = ("data", "eval_data", "score", "tokenizer")
 """Options of a line about the rows."""
+FUNCTIONS = ("reward", "metric")
+"""Options of a line that take functions."""
 _NOT_EXPORTED = (
     "halving",
     "sample",
@@ -238,7 +240,11 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
             background=options.background,
             keep=options.keep,
             restart=options.restart,
-            source=notebook.source(options.fields, {name: getattr(options, name) for name in ROWS}),
+            source=notebook.source(
+                options.fields,
+                {name: getattr(options, name) for name in ROWS},
+                {name: getattr(options, name) for name in FUNCTIONS},
+            ),
             data_hint=f"{_data_command(options, arguments, data)} shows them",
             named_rows=_rows_to_score(options, arguments, data, eval_data),
             **arguments,
