@@ -29,7 +29,7 @@ from nbpeft.display.memory import label, part_message
 from nbpeft.display.numbers import count, plural, size
 from nbpeft.display.overlay import colour_of, overlay_chart, overlay_columns, overlay_image, overlay_left
 from nbpeft.display.palette import background
-from nbpeft.display.quoting import escape
+from nbpeft.display.quoting import EACH_LINE, escape, isolated
 from nbpeft.display.shares import bar_image, bar_table_image, grid_image
 from nbpeft.display.training import small_curves
 from nbpeft.state import ENDED
@@ -47,7 +47,7 @@ _WRAPS = {
     "never": "white-space:nowrap",
     "words": "white-space:normal",
     "cut": "display:flex;white-space:pre;min-width:0",
-    "as is": "white-space:pre-wrap;overflow-wrap:anywhere",
+    "as is": f"white-space:pre-wrap;overflow-wrap:anywhere;{EACH_LINE}",
 }
 _MOST_IN_A_ROW = 4
 _LEAST_WIDTH = 165
@@ -92,7 +92,7 @@ def _(block: tuple) -> str:  # type: ignore[type-arg]
 def span(item: blocks.Span) -> str:
     """Returns a span of text as HTML."""
     if isinstance(item, str):
-        return escape(item)
+        return isolated(item)
     if not item.text:
         return ""
     if isinstance(item, blocks.Pill):
@@ -104,7 +104,7 @@ def span(item: blocks.Span) -> str:
         return spark_image(item.points, item.text)
     if item.curve is not None:
         return _swatch(colour_of(item.curve)) + span(replace(item, curve=None))
-    drawn = {"names": _broken, "words": _broken, "cut": _cut}.get(item.wrap, escape)
+    drawn = {"names": _broken, "words": _broken, "cut": _cut}.get(item.wrap, isolated)
     text = drawn(item.text)
     style = ";".join(part for part in (_TONES.get(item.tone, ""), _WRAPS.get(item.wrap, "")) if part)
     tooltip = f' title="{escape(item.tooltip)}"' if item.tooltip else ""
@@ -306,7 +306,7 @@ def _box(box: blocks.Box) -> str:
         'margin-bottom:4px">'
         f'<span style="font-weight:600;font-size:12px;overflow-wrap:anywhere">{escape(box.title)}</span>'
         f'<span style="font-size:11px;white-space:nowrap">{aside}</span></div>'
-        f'<div style="{palette.MONOSPACE};font-size:12px;line-height:1.4;white-space:pre-wrap;'
+        f'<div style="{palette.MONOSPACE};font-size:12px;line-height:1.4;white-space:pre-wrap;{EACH_LINE};'
         f'overflow-wrap:anywhere;max-height:340px;overflow:auto">{text}{ending}</div></div>'
     )
 
@@ -404,7 +404,7 @@ def _(block: blocks.Tokens) -> str:
     )
     return (
         f'{title}<div style="{frame if block.framed else ""}margin-top:{3 if title else 10}px;{palette.MONOSPACE};'
-        f'font-size:12px;line-height:1.55;white-space:pre-wrap;overflow-wrap:anywhere">{text}</div>'
+        f'font-size:12px;line-height:1.55;white-space:pre-wrap;{EACH_LINE};overflow-wrap:anywhere">{text}</div>'
     )
 
 
@@ -418,7 +418,8 @@ def _token_span(item: blocks.TokenSpan) -> str:
         f"border:1px solid {palette.LIMIT};border-radius:4px;padding:0 2px;font-size:11px" if item.special else "",
     ]
     style = ";".join(filter(None, styles))
-    return f'<span style="{style}">{escape(item.text)}</span>' if style else escape(item.text)
+    tag = "bdi" if item.special else "span"
+    return f'<{tag} style="{style}">{escape(item.text)}</{tag}>' if style else escape(item.text)
 
 
 @to_html.register

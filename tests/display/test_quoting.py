@@ -9,7 +9,7 @@ import pytest
 from nbpeft.display import blocks
 from nbpeft.display.blocks import card, line
 from nbpeft.display.html import to_html
-from nbpeft.display.quoting import escape
+from nbpeft.display.quoting import escape, isolated
 from nbpeft.display.shown import Shown
 from nbpeft.display.text import columns, to_text
 from nbpeft.errors import ConfigError, visible
@@ -28,6 +28,17 @@ def test_every_control_character_but_lines_and_tabs_is_shown() -> None:
     assert controls(everything) and not {*map(ord, visible(everything))} & ({*range(32), *range(0x7F, 0xA0)} - {9, 10})
     assert visible("lines\nand\ttabs é 漢 \u202e") == "lines\nand\ttabs é 漢 \u202e"
     assert visible("\x1b[31m") == "\u241b[31m" and escape("\x1b<") == "\u241b&lt;"
+
+
+def test_words_written_from_right_to_left_are_isolated_and_others_are_not() -> None:
+    arabic, hebrew = "\u0639\u0631\u0628\u064a", "\u05e9\u05dc\u05d5\u05dd"
+    assert isolated(f"{arabic}-3 300 rows <b>") == f"<bdi>{arabic}-3</bdi> 300 rows &lt;b&gt;"
+    assert (
+        isolated(f"said {hebrew} {arabic}! (2) {hebrew}")
+        == f"said <bdi>{hebrew} {arabic}!</bdi> (2) <bdi>{hebrew}</bdi>"
+    )
+    assert isolated("a <b> \x1b \u6f22") == escape("a <b> \x1b \u6f22")
+    assert "<bdi>" not in to_html(card("t", line(blocks.Text("x", tooltip=arabic)))).replace(f"<bdi>{arabic}", "")
 
 
 @dataclass(frozen=True, repr=False)
