@@ -483,7 +483,7 @@ def _(block: blocks.CurveChart) -> str:
     )
     legend = labels if block.legend else ""
     if any(evaluated for _, _, evaluated in block.curves):
-        legend += f"<span style='color:{palette.DIM}'>dashed: eval loss</span>"
+        legend += f"<span style='color:{palette.DIM}'>dashed: eval {escape(block.metric or 'loss')}</span>"
     style = "display:flex;flex-wrap:wrap;gap:2px 16px;margin-top:4px;font-size:12px"
     chart = (overlay_chart if block.live else overlay_image)(block.curves, block.metric)
     title = f'<div style="font-size:12px;color:{palette.DIM}">{escape(block.metric)}</div>' if block.metric else ""

@@ -16,7 +16,15 @@ from nbpeft.sweeps import halvings, remaining
 from nbpeft.training.adapters.method_state import read_state
 from nbpeft.training.monitor.run import Run
 from nbpeft.training.sweep.members import Evaluation, Member, SideBySide
-from nbpeft.training.watching.early_stop import KEPT, EarlyStop, Patience, evaluate_usually, kept_file, never_evaluates
+from nbpeft.training.watching.early_stop import (
+    KEPT,
+    EarlyStop,
+    Patience,
+    evaluate_usually,
+    kept_file,
+    never_evaluates,
+    note_too_few,
+)
 from nbpeft.training.watching.scoring import metrics_named
 
 
@@ -43,6 +51,7 @@ class SweepEvaluations(EarlyStop):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """In a resumed run, restores the curves, counts the evaluations so far, and loads the best weights."""
+        note_too_few(self._run, args, state, self._most)
         metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
         self._group.metric = "" if metric == "loss" else metric
         file = kept_file(args) if self._keeps else None

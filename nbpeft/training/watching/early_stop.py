@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
 from nbpeft.checkpoint import inside
@@ -81,13 +83,14 @@ class EarlyStop(TrainerCallback):
     keep_last: Callable[[], None] | None = None
 
     def __init__(self, run: Run, model: nn.Module, patience: int | None) -> None:
-        self._run, self._model, self._patience = run, model, Patience(patience)
+        self._run, self._model, self._most, self._patience = run, model, patience, Patience(patience)
         self._state: Snapshot | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """In a resumed run, counts the evaluations so far and loads the weights of the best one."""
+        note_too_few(self._run, args, state, self._most)
         for entry in state.log_history:
             self._patience.is_better(score_of(args, entry), int(entry.get("step", 0)))
         if not self._patience.has_best:
@@ -180,6 +183,15 @@ def check_patience(patience: object, fields: dict[str, Any], *, evaluates: bool,
     if never_evaluates(fields):
         raise ConfigError("patience needs evaluations: remove eval_strategy='no'", field="eval_strategy")
     evaluate_usually(fields, 1 / max(EVALUATIONS, 3 * patience))
+
+
+def note_too_few(run: Run, args: TrainingArguments, state: TrainerState, patience: int | None) -> None:
+    """Warns that a run has too few evaluations to be stopped early."""
+    by_steps = args.eval_strategy == IntervalStrategy.STEPS and state.eval_steps
+    planned = math.ceil(state.max_steps / state.eval_steps) if by_steps else math.ceil(state.num_train_epochs)
+    if patience is not None and args.eval_strategy != IntervalStrategy.NO and planned <= patience:
+        what = f"patience={patience} cannot stop this run early, which has {plural(planned, 'evaluation')}"
+        run.note(f"{what}: lower eval_steps", warning=True)
 
 
 def never_evaluates(fields: Mapping[str, Any]) -> bool:

@@ -142,7 +142,7 @@ def test_weights_that_have_exploded_before_are_trained_on() -> None:
 
 
 def test_the_best_weights_come_back_where_patience_keeps_them() -> None:
-    model, kept, result = trained(eval_data=token_rows(4, 5), patience=5, eval_steps=3)
+    model, kept, result = trained(eval_data=token_rows(4, 5), patience=3, eval_steps=3)
     assert (result.steps, result.kept_step, result.best_step) == (6, 3, 3)
     assert result.message.endswith("check the labels · the best weights, of step 3, were restored")
     assert same_state(weights(model), kept.weights[3])

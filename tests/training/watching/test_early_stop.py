@@ -69,6 +69,16 @@ def test_it_evaluates_ten_times_where_nobody_said_when():
     assert result.best_step in kept.losses
 
 
+@pytest.mark.parametrize(
+    "fields", [{"eval_steps": 3}, {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}]
+)
+def test_a_patience_that_a_run_cannot_use_up_is_told(fields: dict[str, Any]) -> None:
+    told = "patience=2 cannot stop this run early, which has 2 evaluations: lower eval_steps"
+    _, _, result = trained(patience=2, **{"max_steps": 6, **fields})
+    assert result.state.warnings == (told,)
+    assert not trained(patience=1, **{"max_steps": 6, **fields})[2].state.warnings
+
+
 def test_an_interrupted_run_keeps_the_best_too():
     kept = Kept(None, interrupt_at=6)
     model = trainable()
