@@ -167,6 +167,8 @@ class NbpeftMagics(magic.Magics):
             return None if silent else in_cell_spelling(result, self._options)
         except NbpeftError as error:
             self._show_notices()
+            if name == "lora_train" and "running" in error.details:
+                self._show_running()
             message = _message(error, cell, self._options)
             self._keep_traceback(error)
         except TrainingInterrupted as error:
@@ -195,6 +197,12 @@ class NbpeftMagics(magic.Magics):
         """Stores the traceback as text, and clears its frames so that they keep no tensors alive."""
         self.session.note_failure(error)
         traceback.clear_frames(error.__traceback__)
+
+    def _show_running(self) -> None:
+        """Shows the card of the background training that refuses another: a cell run again has replaced it."""
+        found = self.session.find_run()
+        if isinstance(found, tuple):
+            self._run_starts(*found)
 
     def _run_starts(self, run: Any, model_name: str) -> None:
         """Show a run live."""

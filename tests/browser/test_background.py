@@ -67,6 +67,8 @@ def test_asking_and_stopping_while_it_trains(open_notebook: Opener, pictures: Pa
     assert "stepped True and made 13 tokens" in page.output_text(3)
     page.run_cell(4)
     assert "busy: training sql" in page.output_text(4)
+    page.run_cell(1)
+    assert "busy: training sql" in page.output_text(1)  # below the live card, whose buttons are used from here on
     page.interrupt()
     page.click("Pause", cell=1)
     page.wait_for(re.compile("paused"), cell=1)

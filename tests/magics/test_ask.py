@@ -98,7 +98,9 @@ def test_other_cells_run_while_it_trains(ready: Notebook, gate: Gate) -> None:
     )
     for command in ("use chat", "delete chat", "merge", "unload", "copy sql x", "load somewhere"):
         assert ready.run(f"%lora {command}").line.startswith(("busy: training sql", "there is no folder"))
-    assert ready.run("%lora_train model --data rows max_steps=1").line.startswith("busy: training sql")
+    again = ready.run(TRAIN)
+    assert again.line.startswith("busy: training sql")
+    assert "step 0/4" in again.printed  # its live card, which the cell has replaced
     assert ready.run("%%lora model --name more\nr = 2").line.startswith("busy: training sql")
     assert str(ready.do("%lora pause")) == "training sql pauses after the current step (step 0 of 4)"
     gate.opened.set()
