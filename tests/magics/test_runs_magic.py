@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nbpeft.display.next_steps import next_steps
 from nbpeft.session import get_session
 from nbpeft.training.monitor import run_checkpointer
 from tests.char_tokenizer import CharTokenizer
@@ -333,6 +334,24 @@ def test_a_resumed_run_is_scored_on_the_rows_of_its_variable(bare: Notebook) -> 
     fresh["held"] = rows
     result = fresh.do("%lora resume")
     assert [step for step, _ in result.training.state.metric_history["f1"]] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "rows"),
+    [
+        ("", "Score", "held --tokenizer tok --max-length 12"),
+        ("--long drop", "Score", "held --tokenizer tok --max-length 12 --long drop"),
+        ("--eval-data 2", "Score on its held-out rows", "rows --tokenizer tok --max-length 12 --held-out"),
+    ],
+)
+def test_the_card_of_a_resumed_run_scores_on_the_same_rows(bare: Notebook, options: str, label: str, rows: str) -> None:
+    cell = CELL.replace("--eval-data held", options if "--eval-data" in options else f"--eval-data held {options}")
+    killed(4, cell)
+    fresh = prepare(bare, adapter=False)
+    state = fresh.do("%lora resume").training.state
+    command = dict(next_steps(state, fresh.session.state, "model").commands)[label]
+    assert command == f"%lora score sql --data {rows}"
+    assert len(fresh.do(f"{command} --metric loss").items) == 2
 
 
 def test_runs_move_to_another_folder(bare: Notebook, place: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from nbpeft.magics.subcommands.training import (
     SCORE,
     TRACK,
     TRAINER,
+    rows_to_score,
     training_arguments,
 )
 from nbpeft.session.handles import is_handle, uncompiled
@@ -46,6 +47,8 @@ _OPTIONS = {
     "reward": ("--reward", "FUNCTION"),
 }
 """Argument of a training -> the option of a line and its placeholder."""
+_READING = ("columns", "long", "separator", "skip_bad", "chat_template_kwargs")
+"""Arguments of a training on how to read rows."""
 
 
 @subcommand(
@@ -132,6 +135,11 @@ def _given(options: argparse.Namespace, facts: Mapping[str, Any], notebook: Note
     if text is None and notebook.by_name(source.get("tokenizer")) is not None:
         text = source["tokenizer"]
     arguments["tokenizer"] = notebook.tokenizer(text)
+    if arguments["data"] is not None:
+        texts = {name: getattr(options, name) or source.get(name) for name in ("data", "eval_data")}
+        reading = dict.fromkeys(_READING) | (facts.get("arguments") or {}) | arguments
+        named = argparse.Namespace(**{**reading, **texts, "tokenizer": text})
+        arguments["named_rows"] = rows_to_score(named, reading, arguments["data"], arguments["eval_data"])
     return arguments
 
 

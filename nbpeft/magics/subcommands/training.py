@@ -246,7 +246,7 @@ def train(options: argparse.Namespace, notebook: NotebookContext) -> object:
                 {name: getattr(options, name) for name in FUNCTIONS},
             ),
             data_hint=f"{_data_command(options, arguments, data)} shows them",
-            named_rows=_rows_to_score(options, arguments, data, eval_data),
+            named_rows=rows_to_score(options, arguments, data, eval_data),
             **arguments,
         )
     for name in ("track", "trainer_class", "replace"):
@@ -368,10 +368,17 @@ def _training_data(cell: argparse.Namespace | TrainingCell, notebook: NotebookCo
     return data, eval_data, notebook.tokenizer(cell.tokenizer)
 
 
-def _rows_to_score(
+def rows_to_score(
     options: argparse.Namespace, arguments: Mapping[str, Any], data: object, eval_data: object
 ) -> NamedRows:
-    """The rows on which a trained adapter is scored: those to evaluate on, else those of the training."""
+    """The rows on which a trained adapter is scored: those to evaluate on, else those of the training.
+
+    Args:
+        options: texts of ``data``, ``eval_data`` and ``tokenizer``, and the options for reading the rows.
+        arguments: arguments of the training.
+        data: the rows that ``options.data`` names.
+        eval_data: the rows, or the amount of rows, that ``options.eval_data`` names.
+    """
     amount = isinstance(eval_data, int | float)
     learned = eval_data is None or amount
     text, rows = (options.data, data) if learned else (options.eval_data, eval_data)

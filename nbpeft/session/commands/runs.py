@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from nbpeft.runs.record import RunRecord
     from nbpeft.runs.store import RunStore
     from nbpeft.session.context import ModelLike, SessionContext
-    from nbpeft.state import Curve
+    from nbpeft.state import Curve, NamedRows
     from nbpeft.training import Run
 
 _SAME = ("peft_type", "r", "lora_alpha")
@@ -308,6 +308,7 @@ def resume(
     eval_data: Any = None,
     tokenizer: Any = None,
     variable: str | None = None,
+    named_rows: NamedRows | None = None,
     **arguments: Any,
 ) -> ResumeResult | RequestResult:
     """Continue a paused training, or resume an interrupted run from its last checkpoint.
@@ -325,6 +326,7 @@ def resume(
         eval_data: its evaluation data, if it had any.
         tokenizer: as for ``train``.
         variable: name for a model that the session does not know yet.
+        named_rows: as for ``train``.
         **arguments: arguments of ``train`` that could not be saved; others override those of the run. Saved arguments
             are restored, except for those that write, publish or report somewhere, which are listed in the result's
             ``notes``, and for a number of processes that this machine does not have. The training runs in the
@@ -345,7 +347,7 @@ def resume(
             raise TrainingError(f"training {paused.state.adapter} is paused and continues as it is: leave out {name}=…")
         return lift_pause(paused)
     with ctx.deciding(), ctx.models.deciding():
-        return _resume_kept(ctx, run, model, data, eval_data, tokenizer, variable, arguments)
+        return _resume_kept(ctx, run, model, data, eval_data, tokenizer, variable, named_rows, arguments)
 
 
 def _resume_kept(
@@ -356,6 +358,7 @@ def _resume_kept(
     eval_data: Any,
     tokenizer: Any,
     variable: str | None,
+    named_rows: NamedRows | None,
     arguments: Mapping[str, Any],
 ) -> ResumeResult:
     """Resume a run from its last checkpoint; see ``resume``."""
@@ -405,7 +408,7 @@ def _resume_kept(
                 resume_from_checkpoint=str(state),
                 **given,
             )
-            result = train_tracked(ctx, tracked, request, replaced=present)
+            result = train_tracked(ctx, tracked, request, replaced=present, named_rows=named_rows)
         ctx.changed = True
         reference = ModelRef(tracked.model, rehandle(tracked.manager.model))
         return ResumeResult(reference, record.name, step, names, result, notes=(note,) if note else ())
