@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +16,13 @@ from nbpeft.display.blocks import (
     Block,
     Box,
     Card,
+    Cell,
     Columns,
     Details,
     Line,
     Progress,
     Stack,
+    Table,
     Text,
     Tone,
     bold,
@@ -38,10 +41,12 @@ from nbpeft.scoring.items import Flips, MetricFacts, Score, ScoreItem
 from nbpeft.scoring.statistics import interval_of_mean, mcnemar, sign_flips, weighted_mean, wilson
 
 Status = Literal["running", "finished", "stopped"]
-_SHOWN = 10
+_SHOWN = 5
 """The greatest number of items under one filter."""
 _LONGEST = 800
 """The greatest number of characters that is shown of an answer or a prompt."""
+_LABELS, _LABEL = 10, 24
+"""The greatest number of references that are counted as labels, and of characters that are shown of each."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,6 +196,22 @@ class ScoreResult(Shown):
         """The items on which the columns have different values."""
         return tuple(item for item in self.items if len(set(item.values.get(self.metric, {}).values())) > 1)
 
+    def confusion(self, column: str) -> dict[str, dict[str, int]]:
+        """Reference -> answer of one column -> number of items, without spaces around them.
+
+        Args:
+            column: the column.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        self._check(column)
+        counts: dict[str, Counter[str]] = {}
+        for item in self.items:
+            if item.reference.strip() and column in item.answers:
+                counts.setdefault(item.reference.strip(), Counter())[item.answers[column].strip()] += 1
+        return {reference: dict(answers) for reference, answers in counts.items()}
+
     def to_dataframe(self) -> Any:
         """The items as a pandas DataFrame: a row for each item and column, with a column for each metric.
 
@@ -234,7 +255,7 @@ class ScoreResult(Shown):
         return _overview(self)
 
     def filters(self) -> tuple[Filter, ...]:
-        """The items that each adapter fixed, and broke; those on which the columns have different values; and all."""
+        """The items that each adapter fixed, broke and has wrong; those on which the columns differ; and all."""
         return tuple(_filters(self))
 
 
@@ -265,6 +286,7 @@ def _overview(result: ScoreResult) -> Card:
         tests = _tests(found)
         blocks += [heading, _bars(found), tuple(map(_line, tests)), line(dim(_how(found, tests)))]
     blocks.append(tuple(map(line, _cost(result))))
+    blocks += _confusions(result)
     return card(title, *blocks, notes(_notes(result)), aside=_about(result))
 
 
@@ -385,6 +407,31 @@ def _line(flips: Flips) -> Line:
     return line(bold(flips.second), dim("against"), f"{flips.first}: {flips}", Text(_verdict(flips), "warning"))
 
 
+def _confusions(result: ScoreResult) -> Iterator[Details]:
+    """The counts of references and answers, folded; none where references are not a few labels that repeat."""
+    labels = [name for name, _ in Counter(item.reference.strip() for item in result.items).most_common(_LABELS + 1)]
+    if not 2 <= len(labels) <= min(_LABELS, len(result.items) // 2) or "" in labels:
+        return
+    for column in result.columns:
+        counts = result.confusion(column)
+        if counts:
+            yield Details(f"answers of {column} by reference", _confusion(counts, labels), f"confusion-{id(result):x}")
+
+
+def _confusion(counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> Table:
+    def cells(reference: str) -> Iterator[Cell]:
+        answers = counts.get(reference, {})
+        yield cut(reference, _LABEL)
+        for label in labels:
+            count = str(answers.get(label, 0))
+            yield Text(count, "success") if label == reference else count if label in answers else dim(count)
+        others = sum(count for answer, count in answers.items() if answer not in labels)
+        yield str(others) if others else dim("0")
+
+    head = ("reference", *(cut(label, _LABEL) for label in labels), "another answer")
+    return Table(head, tuple(tuple(cells(label)) for label in labels), right=tuple(range(1, len(head))))
+
+
 @dataclass(frozen=True)
 class Filter:
     """Items that are shown together.
@@ -426,6 +473,10 @@ def _filters(result: ScoreResult) -> Iterator[Filter]:
         flips = result.flips(first, other)
         yield Filter(f"{better} {other}", flips.fixed)
         yield Filter(f"{worse} {other}", flips.broken)
+    if result.facts.is_share:
+        for column in others or (first,):
+            wrong = (item for item in result.items if item.values.get(result.metric, {}).get(column) == 0)
+            yield Filter(f"wrong with {column}", tuple(wrong))
     if others:
         yield Filter("disagreeing", result.disagreeing)
     yield Filter("all items", result.items)

@@ -1,8 +1,9 @@
-"""Scores, and their items page by page: the answers side by side, filtered by what an adapter fixed or broke."""
+"""Scores, and their items page by page: the answers side by side, by what an adapter fixed, broke or has wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.display.blocks import Block, card, dim, line
@@ -12,6 +13,7 @@ from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
 
 if TYPE_CHECKING:
+    from nbpeft.scoring.items import ScoreItem
     from nbpeft.session.results.paged_scores import Filter, ScoreResult
 
 PAGE = 5
@@ -21,7 +23,7 @@ MOST = 8
 
 
 class ScorePanel(Panel):
-    """The scores, with buttons for the metric, the filter and the page of the items."""
+    """The scores, with controls for the metric, the filter, a search and the page of the items."""
 
     kind: ClassVar[str] = "score"
     session_method: ClassVar[str] = "score"
@@ -31,7 +33,7 @@ class ScorePanel(Panel):
         super().__init__(ui)
         self._given = self._result = result
         self._filters: dict[str, tuple[Filter, ...]] = {}
-        self._title, self._start = "", 0
+        self._title, self._words, self._page = "", "", 0
 
     @property
     def _key(self) -> int:
@@ -49,6 +51,12 @@ class ScorePanel(Panel):
     def chosen(self) -> Filter:
         """The filter whose items are shown; the first one where the metric has no other of its title."""
         return next((found for found in self.filters if found.title == self._title), self.filters[0])
+
+    @property
+    def found(self) -> Filter:
+        """The items of the chosen filter whose texts contain each of the words to search for."""
+        words = self._words.lower().split()
+        return replace(self.chosen, items=tuple(item for item in self.chosen.items if _contains(item, words)))
 
     def _build(self) -> _Parts:
         return _Parts(self._command)
@@ -69,17 +77,22 @@ class ScorePanel(Panel):
 
     def _run(self, what: str, chosen: str = "") -> str:
         if what == "metric":
-            self._result, self._start = self._result.by(chosen), 0
+            self._result = self._result.by(chosen)
         elif what == "filter":
-            self._title, self._start = chosen, 0
-        else:  # "previous" or "next"
-            start = self._start + (PAGE if what == "next" else -PAGE)
-            self._start = min(max(start, 0), (len(self.chosen.items) - 1) // PAGE * PAGE)
+            self._title = chosen
+        elif what == "search":
+            self._words = chosen
+        self._page = int(chosen) - 1 if what == "page" else 0
         self._draw()
         return ""
 
     def _draw(self) -> None:
-        self._parts.draw(self._result, self.filters, self.chosen, self._start)
+        self._parts.draw(self._result, self.filters, self.chosen, self.found, self._page)
+
+
+def _contains(item: ScoreItem, words: Sequence[str]) -> bool:
+    texts = "\n".join((item.prompt, item.reference, *item.answers.values())).lower()
+    return all(word in texts for word in words)
 
 
 class _Parts:
@@ -90,20 +103,26 @@ class _Parts:
 
         from nbpeft.widgets import controls as parts
 
-        self._drawn = ""
+        self._drawn, self._shown = "", 1
         self._overview, self._items, self._place = parts.html(), parts.html(), parts.html()
         self._metrics = parts.ToggleRow(command, "chips", margin="10px 0 0 0")
         self._filters = parts.ToggleRow(command, "choices", margin="10px 0 0 0")
-        self._previous = parts.button("Previous", "The items before", weakly(command, "previous"), hides=True)
-        self._next = parts.button("Next", "The items after", weakly(command, "next"), hides=True)
-        self._foot = ipywidgets.HBox([self._previous, self._next, self._place])
+        self._command = command
+        self._search = parts.labelled("Search", ipywidgets.Text(placeholder="prompt, reference or answer"), 200)
+        self._search.observe(weakly(self._typed), names="value")
+        self._page = parts.labelled("page", ipywidgets.BoundedIntText(value=1, min=1, max=1), 58)
+        self._page.observe(weakly(self._turned), names="value")
+        self._previous = parts.button("Previous", "The items before", weakly(self._turn, -1), hides=True)
+        self._next = parts.button("Next", "The items after", weakly(self._turn, 1), hides=True)
+        self._foot = ipywidgets.HBox([self._previous, self._next, self._page, self._place])
         self._foot.add_class("nbpeft-foot")
         self.message = parts.Message()
-        rows = (self._metrics.box, self._filters.box, self._items, self._foot)
+        search = parts.settings_row(self._search, margin="10px 0 0 0")
+        rows = (self._metrics.box, self._filters.box, search, self._items, self._foot)
         self.root = parts.panel_root(self._overview, *rows, self.message.box)
 
-    def draw(self, result: ScoreResult, filters: tuple[Filter, ...], chosen: Filter, start: int) -> None:
-        """Shows the page of the chosen filter's items that begins with item ``start``."""
+    def draw(self, result: ScoreResult, filters: tuple[Filter, ...], chosen: Filter, found: Filter, page: int) -> None:
+        """Shows one page of the items that were found in the chosen filter; the first one has number 0."""
         if not self._drawn:  # the overview has all metrics and does not change
             shown = result.overview()
             inner = (to_html(block) for block in shown.blocks if block is not None)
@@ -118,9 +137,23 @@ class _Parts:
             ("filter", one.title): (str(one), f"Show these {len(one.items)} items") for one in filters
         }
         self._filters.draw(labels, [("filter", chosen.title)])
-        count, end = len(chosen.items), min(start + PAGE, len(chosen.items))
-        self._items.value = "".join(to_html(block) for block in chosen.blocks(result, start, end))
-        self._place.value = span(dim(f"{start + 1}–{end} of {count}"))
-        for button, wanted in ((self._previous, start > 0), (self._next, end < count)):
-            button.layout.display = None if count > PAGE else "none"
-            button.disabled = not wanted
+        count, pages = len(found.items), max(-(-len(found.items) // PAGE), 1)
+        start, end = page * PAGE, min((page + 1) * PAGE, count)
+        self._items.value = "".join(to_html(block) for block in found.blocks(result, start, end))
+        self._place.value = span(dim(f"{start + 1}–{end} of {count}" if count else "no item matches"))
+        self._shown = page + 1  # first: the field tells of its change
+        with self._page.hold_trait_notifications():
+            self._page.max, self._page.value = pages, page + 1
+        for field in (self._previous, self._next, self._page):
+            field.layout.display = None if pages > 1 else "none"
+        self._previous.disabled, self._next.disabled = page == 0, page + 1 == pages
+
+    def _typed(self) -> None:
+        self._command("search", self._search.value)
+
+    def _turn(self, pages: int) -> None:
+        self._command("page", str(self._shown + pages))
+
+    def _turned(self) -> None:
+        if self._page.value != self._shown:
+            self._command("page", str(self._page.value))

@@ -43,7 +43,7 @@ PANEL_CSS = f"""
   max-width: {WIDTH}px;
   box-sizing: border-box; overflow: visible; container-type: inline-size; {_IN_VSCODE} }}
 .nbpeft-panel .widget-html-content, .nbpeft-panel .jupyter-widgets {{ {FONT}; color: {TEXT}; }}
-.nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; overflow: visible; }}
+.nbpeft-panel .widget-html-content {{ line-height: 1.45; align-self: stretch; min-width: 0; overflow: visible; }}
 .nbpeft-panel .widget-inline-hbox {{ height: auto; }}
 .nbpeft-panel .jupyter-button {{ {_BUTTON} }}
 .nbpeft-panel .jupyter-button:hover:enabled {{ background: {FILL}; box-shadow: none; }}

@@ -39,7 +39,7 @@ def test_scores_are_shown_and_stay_without_a_kernel(open_notebook: Opener, pictu
     page.page.evaluate("async () => { await window.nb.kernel().restart(); }")
     page.reopen()
     page.output(1).get_by_text("all items: 36").filter(visible=True).first.click()
-    expect(page.output(1).get_by_text("and 26 more, in the result's items").first).to_be_visible()
+    expect(page.output(1).get_by_text("and 31 more, in the result's items").first).to_be_visible()
     expect(page.button("Next", cell=1).filter(visible=True)).to_have_count(0)
     output = page.output(2)
     card = output.locator("div", has_text="Scores of model").first
@@ -83,8 +83,31 @@ def test_one_pages_through_the_items(open_notebook: Opener, pictures: Path, app:
             page.click("Next", cell=1)
             expect(output.get_by_text("6–10 of 18")).to_be_visible()
             expect(page.button("Previous", cell=1)).to_be_enabled()
+            output.get_by_label("page").fill("4")
+            output.get_by_label("page").press("Enter")
+            expect(output.get_by_text("16–18 of 18")).to_be_visible()
+            output.get_by_label("Search").fill("lamps oslo")
+            expect(output.get_by_text("1–2 of 2")).to_be_visible()
             assert overflow(output.locator(".nbpeft-panel")) <= 0
             page.screenshot(pictures / f"score-panel-{app}-{theme}-{width}.png")
+            output.get_by_label("Search").fill("")
+            expect(output.get_by_text("1–5 of 18")).to_be_visible()
+    page.check()
+
+
+def test_labels_are_counted_by_answer(open_notebook: Opener, pictures: Path, app: str) -> None:
+    page = open_notebook(
+        "%load_ext nbpeft\nfrom nbpeft.widgets import ScorePanel\nfrom tests.scoring.samples import tickets",
+        "ScorePanel(tickets())",
+    )
+    page.run_all()
+    output = page.output(1)
+    output.get_by_text("answers of tickets by reference").filter(visible=True).click()
+    expect(output.get_by_role("columnheader", name="another answer").filter(visible=True)).to_have_count(1)
+    for width in (1280, 600):
+        page.page.set_viewport_size({"width": width, "height": 1000})
+        page.screenshot(pictures / f"score-confusion-{app}-{width}.png")
+        assert overflow(output.locator(".nbpeft-panel")) <= 0
     page.check()
 
 

@@ -1,4 +1,4 @@
-"""A result with answers worth a picture: orders as JSON, by the base model and two adapters."""
+"""Results with answers worth a picture: orders as JSON, and letters sorted under labels."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def orders() -> ScoreResult:
         seconds=12.1,
         notes=("answers cut at 32 tokens (max_new_tokens): base 33",),
     )
+
+
+LABELS = ("billing", "delivery", "damaged goods", "return")
+
+
+def tickets() -> ScoreResult:
+    """40 letters to be sorted under four labels, by the base model and an adapter."""
+    items = []
+    for number in range(40):
+        right, other = LABELS[number * 7 % 11 % 4], LABELS[(number + 1) % 4]
+        given = {"base": "This letter is about a delay.", "tickets": right if number % 6 else other}
+        values = {"exact": {name: float(answer == right) for name, answer in given.items()}}
+        items.append(ScoreItem(number, f"Letter {number}: where are my lamps?", right, given, values))
+    facts = (MetricFacts("exact"),)
+    return ScoreResult("model", ("base", "tickets"), facts, "exact", tuple(items), 40, seconds=3.4)

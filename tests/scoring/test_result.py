@@ -85,16 +85,48 @@ def test_the_text_has_scores_tests_and_verdicts() -> None:
     assert "answers cut" in text
 
 
+def labelled(references: list[str], **changes: Any) -> ScoreResult:
+    """Items with these references, of which ``sql`` answers ``a`` to all but the last one, with a space before."""
+    answers = [*[" a"] * (len(references) - 1), "<?>"]
+    items = tuple(
+        ScoreItem(n, "q", reference, {"sql": answer}, {"exact": {"sql": float(reference == answer.strip())}})
+        for n, (reference, answer) in enumerate(zip(references, answers, strict=True))
+    )
+    return result(columns=("base", "sql"), items=items, total=len(items), **changes)
+
+
+def test_labels_are_counted_by_answer() -> None:
+    found = labelled(["a", "a", "b", "a", "b", "c"])
+    assert found.confusion("sql") == {"a": {"a": 3}, "b": {"a": 2}, "c": {"<?>": 1}}
+    assert found.confusion("base") == {}
+    html = found._repr_html_()
+    assert "<summary>answers of sql by reference</summary>" in html and "answers of base" not in html
+    table = html.partition("answers of sql by reference")[2].partition("</table>")[0]
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", table)
+    texts = [re.sub(r"<[^>]+>", "", cell) for cell in cells]
+    assert texts[:5] == ["reference", "a", "b", "c", "another answer"]
+    assert texts[5:] == [*"a3000", *"b2000", *"c0001"]
+    with pytest.raises(ConfigError, match="Did you mean 'sql'"):
+        found.confusion("sqk")
+
+
+@pytest.mark.parametrize(
+    "references", [["a"] * 9, ["a", "b", "c"], ["a", "b", "", "a", "b"], [str(n % 11) for n in range(40)]]
+)
+def test_other_references_are_not_counted_as_labels(references: list[str]) -> None:
+    assert "by reference" not in labelled(references)._repr_html_()
+
+
 def test_the_card_has_bars_tests_and_filters() -> None:
     html = result()._repr_html_()
     assert 'alt="base 27.1 %, sql 45.8 %, chat 29.2 %"' in html
-    for words in ("fixed by sql: 12", "broken by sql: 3", "fixed by chat: 1", "disagreeing: 16", "all items: 48"):
+    for words in ("fixed by sql: 12", "broken by sql: 3", "fixed by chat: 1", "wrong with sql: 26", "all items: 48"):
         assert f"<summary>{words}</summary>" in html
     assert "broken by chat" not in html
     assert len(set(re.findall(r'<details name="([^"]+)"', html))) == 1
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
     assert ">right</span>" in html and ">wrong</span>" in html
-    assert "and 38 more" in html
+    assert "and 43 more" in html
     assert len(html) < 150_000
 
 

@@ -56,6 +56,24 @@ def test_one_pages_through_the_items_of_a_filter(panel: ScorePanel) -> None:
     assert (rows(panel) == [0, 1, 2, 3, 4] and "<mark" in page(panel)) or "background" in page(panel)
 
 
+def test_one_goes_to_a_page_and_searches(panel: ScorePanel) -> None:
+    (at,) = parts(panel, ipywidgets.BoundedIntText, hidden=True)
+    (search,) = parts(panel, ipywidgets.Text, hidden=True)
+    button(panel, "all items: 48").click()
+    at.value = 9
+    assert rows(panel) == [40, 41, 42, 43, 44] and at.max == 10
+    at.value = 99
+    assert rows(panel) == [45, 46, 47] and at.value == 10
+    search.value = "cork LAMPS"
+    assert "1–4 of 4" in page(panel) and rows(panel) == [9, 21, 33, 45] and at.value == 1
+    button(panel, "wrong with orders: 18").click()
+    assert rows(panel) == [33, 45] and at.layout.display == "none"
+    search.value = "nowhere"
+    assert rows(panel) == [] and "no item matches" in page(panel)
+    search.value = ""
+    assert rows(panel) == [30, 31, 32, 33, 34] and at.layout.display is None
+
+
 def test_another_metric_has_filters_of_its_own() -> None:
     result = orders()
     items = tuple(
