@@ -447,6 +447,11 @@ class Filter:
     def __str__(self) -> str:
         return f"{self.title}: {len(self.items)}"
 
+    def matching(self, words: str) -> Filter:
+        """The items whose prompt, reference and answers contain each of these words; case is ignored."""
+        wanted = words.lower().split()
+        return replace(self, items=tuple(item for item in self.items if _contains(item, wanted)))
+
     def blocks(self, result: ScoreResult, start: int, end: int) -> list[Block]:
         """Some of the items: prompts, references, and answers side by side with their differences marked.
 
@@ -480,6 +485,11 @@ def _filters(result: ScoreResult) -> Iterator[Filter]:
     if others:
         yield Filter("disagreeing", result.disagreeing)
     yield Filter("all items", result.items)
+
+
+def _contains(item: ScoreItem, words: Sequence[str]) -> bool:
+    texts = "\n".join((item.prompt, item.reference, *item.answers.values())).lower()
+    return all(word in texts for word in words)
 
 
 def _item(result: ScoreResult, item: ScoreItem) -> tuple[Block, ...]:

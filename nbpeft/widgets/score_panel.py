@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from nbpeft.display.blocks import Block, card, dim, line
@@ -13,7 +12,6 @@ from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
 
 if TYPE_CHECKING:
-    from nbpeft.scoring.items import ScoreItem
     from nbpeft.session.results.paged_scores import Filter, ScoreResult
 
 PAGE = 5
@@ -52,12 +50,6 @@ class ScorePanel(Panel):
         """The filter whose items are shown; the first one where the metric has no other of its title."""
         return next((found for found in self.filters if found.title == self._title), self.filters[0])
 
-    @property
-    def found(self) -> Filter:
-        """The items of the chosen filter whose texts contain each of the words to search for."""
-        words = self._words.lower().split()
-        return replace(self.chosen, items=tuple(item for item in self.chosen.items if _contains(item, words)))
-
     def _build(self) -> _Parts:
         return _Parts(self._command)
 
@@ -87,12 +79,7 @@ class ScorePanel(Panel):
         return ""
 
     def _draw(self) -> None:
-        self._parts.draw(self._result, self.filters, self.chosen, self.found, self._page)
-
-
-def _contains(item: ScoreItem, words: Sequence[str]) -> bool:
-    texts = "\n".join((item.prompt, item.reference, *item.answers.values())).lower()
-    return all(word in texts for word in words)
+        self._parts.draw(self._result, self.filters, self.chosen, self.chosen.matching(self._words), self._page)
 
 
 class _Parts:
