@@ -257,6 +257,8 @@ class NamedRows:
     """The adapters to whose rows it does not apply."""
     numbered: bool = False
     """Whether it is known which rows were held out."""
+    trained_on: str = ""
+    """The rows of the training, as a cell named them; empty if none did, or for rows of each adapter's own."""
 
     def of(self, adapter: str) -> str:
         """The rows of an adapter, as ``text``; empty if no cell named them."""

@@ -72,7 +72,8 @@ def training_card(
     planned = (train.total_steps or 0) - begun
     done = min(1.0, (train.step - begun) / planned) if planned > 0 else float(train.status == "finished")
     return card(
-        f"Training {_subject(train)}".strip(),
+        f"Training {_subject(train)}".strip()
+        + (f" on {cut(rows, _LONGEST_NAME)}" if (rows := train.rows.trained_on) else ""),
         _figures(train),
         Progress(done, train.status == "failed"),
         _notes(train),

@@ -24,7 +24,7 @@ STEPS = re.compile(r"^[1-9][\d,]* / 20,000$")
 
 def card(page: NotebookPage) -> Locator:
     """The cards of the training that are seen; one, whether in a widget or in HTML."""
-    return page.output(1).get_by_text("Training sql", exact=True).filter(visible=True)
+    return page.output(1).get_by_text("Training sql on rows", exact=True).filter(visible=True)
 
 
 def steps(page: NotebookPage) -> int:
@@ -125,7 +125,9 @@ def test_a_card_without_its_kernel_says_when_it_was_seen(
         text = exported.locator("body").inner_text()
         assert "last seen" in text and "Error displaying" not in text and "VBox" not in text
         assert "loss" in values_under_the_mouse(exported, exported.locator("body"))[1]
-        added, trained = (exported.get_by_text(words, exact=True).first for words in ("sql: added", "Training sql"))
+        added, trained = (
+            exported.get_by_text(words, exact=True).first for words in ("sql: added", "Training sql on rows")
+        )
         assert trained.evaluate(LEFT) == added.evaluate(LEFT), "cards are aligned"
         exported.screenshot(path=str(pictures / f"card-exported-{app}.png"), full_page=True)
     finally:

@@ -12,6 +12,7 @@ from IPython.display import HTML
 
 from nbpeft.display.blocks import Tokens
 from nbpeft.display.next_steps import next_steps
+from nbpeft.display.training import training_card
 from nbpeft.session import DataResult
 from tests.char_tokenizer import CharTokenizer
 from tests.closeness import assert_close
@@ -252,6 +253,8 @@ def test_a_finished_card_scores_on_the_rows_that_the_cell_named(
     state = ready.session.state
     train = state.model("model").training
     command = next(line for name, line in next_steps(train, state, "model").commands if name == label)
+    title = "Training 2 adapters side by side" if "sql=" in line else "Training sql on odd"
+    assert training_card(train).title == title
     wanted = rows.replace("COLUMNS", columns)
     first, *others = wanted.split(" --", 1)
     assert command == f"%lora score sql --data {first} --tokenizer tok --{others[0]}"

@@ -386,7 +386,8 @@ def rows_to_score(
     if isinstance(rows, Mapping):  # each adapter has its own
         own = tuple((name, " ".join([quoted(part), *how])) for name, part in rows_by_adapter(text).items())
         return NamedRows("", learned, amount, own, " ".join(columns))
-    return NamedRows(" ".join([quoted(text), *how, *columns]), learned, amount)
+    trained_on = "" if isinstance(data, Mapping) else options.data
+    return NamedRows(" ".join([quoted(text), *how, *columns]), learned, amount, trained_on=trained_on)
 
 
 def _data_command(options: argparse.Namespace, arguments: Mapping[str, Any], data: object) -> str:
