@@ -9,14 +9,16 @@ from nbpeft.errors import visible
 
 _RTL = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\U00010800-\U00010fff\U0001e800-\U0001efff"
 """The blocks of Unicode with scripts that are written from right to left."""
-_RTL_WORDS = re.compile(rf"[^\s{_RTL}]*[{_RTL}]\S*(?:\s+[^\s{_RTL}]*[{_RTL}]\S*)*")
+_RTL_WORDS = re.compile(rf"(?<!\S)[^\s{_RTL}]*[{_RTL}]\S*(?:\s+[^\s{_RTL}]*[{_RTL}]\S*)*")
+_NOT_IN_A_PAGE = re.compile("[\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Overrides of the direction of writing, which move what is beside a text even out of a ``bdi``; lone surrogates."""
 EACH_LINE = "unicode-bidi:plaintext;text-align:start"
 """Style of foreign text of several lines, each of which is written in the direction of its first letter."""
 
 
 def escape(text: str) -> str:
-    """Returns text for HTML or SVG, its control characters shown."""
-    return html.escape(visible(text))
+    """Returns text for HTML or SVG, its control characters and those that a page cannot contain shown."""
+    return html.escape(_NOT_IN_A_PAGE.sub("\ufffd", visible(text)))
 
 
 def isolated(text: str) -> str:

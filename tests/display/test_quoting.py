@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -39,6 +40,22 @@ def test_words_written_from_right_to_left_are_isolated_and_others_are_not() -> N
     )
     assert isolated("a <b> \x1b \u6f22") == escape("a <b> \x1b \u6f22")
     assert "<bdi>" not in to_html(card("t", line(blocks.Text("x", tooltip=arabic)))).replace(f"<bdi>{arabic}", "")
+
+
+def test_a_page_has_no_overrides_of_the_direction_and_no_lone_surrogates() -> None:
+    overrides = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    for text in (f"a{overrides}b", f"\u05e9{overrides}", "a\ud800b\udfff"):
+        page = to_html(card(text, line(text, blocks.Text("x", tooltip=text))))
+        assert not {*page} & {*overrides} and page.encode() and "\ufffd" in page
+    marks = "\u200e\u200f\U0001f600"
+    assert escape(marks) == marks
+
+
+def test_a_long_text_without_spaces_takes_no_longer_than_its_length() -> None:
+    started = time.perf_counter()
+    for text in ("\u6f22" * 200_000, "a" * 200_000, "\u05e9 " * 50_000 + "a" * 100_000):
+        assert isolated(text).replace("<bdi>", "").replace("</bdi>", "") == text
+    assert time.perf_counter() - started < 10
 
 
 @dataclass(frozen=True, repr=False)
