@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -23,6 +24,7 @@ _SAVE = _Step("Save", "%lora save adapters/{name} --adapter {name}{model}")
 _PANEL = _Step("Compare", "%lora compare --panel{model}", of_answers=True, for_each=False)
 _SCORE = "{score}"
 _ANY_PROMPT, _LONGEST = '"your prompt"', 200
+_LIKE_AN_OPTION = re.compile(r"-\S*(=|$)")
 _THEN = (
     _Step(_SCORE, "%lora score {name} --data {rows}{model}"),
     _Step("Ship", "%lora ship {name} --for {engine}{model}"),
@@ -129,7 +131,8 @@ def _quoted(prompt: str) -> str:
     escapes: dict[str, str | int | None] = {"\\": r"\\", "\n": r"\n", "\t": r"\t"}
     text = prompt.translate(str.maketrans(escapes))
     quote = "'" if '"' in text else '"'
-    fits = len(text) <= _LONGEST and text.isprintable() and quote not in text
+    is_word = not _LIKE_AN_OPTION.match(text)  # quoted or not, a line reads it as one
+    fits = len(text) <= _LONGEST and text.isprintable() and quote not in text and is_word
     return f"{quote}{text}{quote}" if fits else _ANY_PROMPT
 
 

@@ -18,7 +18,8 @@ from nbpeft.display.memory import memory_bar
 from nbpeft.display.models import adapter_cells, adapter_table, condition, model_card, model_text, modules
 from nbpeft.display.next_steps import NextSteps, next_steps
 from nbpeft.display.training import training_card, training_text
-from nbpeft.magics.parse import prompt_text
+from nbpeft.magics.lora import SUBCOMMANDS
+from nbpeft.magics.parse import parse_line, prompt_text
 from nbpeft.magics.tokenize import tokenize
 from nbpeft.session.results import MemoryReport
 from nbpeft.state import AdapterState, MemberState, MemoryPart, MemoryState, NamedRows, Sample, SessionState
@@ -378,6 +379,16 @@ class TestWhatFollowsATraining:
             len(prompt) <= 200 and prompt.replace("\n", "").replace("\t", "").isprintable() and "both" not in prompt
         )
         assert word.quoted and prompt_text(word.text) == (prompt if written else "your prompt")
+
+    @pytest.mark.parametrize(
+        "prompt", ["-x", "--adapter", "--adapter=q please", "--help", "--", "- a list", "-5 or 5?"]
+    )
+    def test_a_prompt_that_begins_with_a_dash_is_written_unless_it_reads_as_an_option(self, prompt: str) -> None:
+        steps = following(ended(samples=(Sample(3, prompt, ""),)))
+        assert steps is not None
+        request = parse_line(dict(steps.commands)["Ask"].removeprefix("%lora "), SUBCOMMANDS, {})
+        assert request is not None and not request.help
+        assert request.options.prompt == (prompt if prompt.startswith(("- ", "-5 ")) else "your prompt")
 
     def test_the_rows_to_score_on_are_those_that_the_cell_named(self) -> None:
         for learned, label in ((False, "Score"), (True, "Score on its training rows")):
