@@ -14,6 +14,7 @@ and cannot be merged. DoRA takes its norms all the same, in the shape that PEFT 
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -254,6 +255,7 @@ def add_product_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, factor: float) 
         return
     dtype = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    factor = factor if fits(factor, dtype) else factor * math.inf
     # One buffer for all rows: fresh memory costs more than the arithmetic.
     count = max(1, min(weight.shape[0], _MERGED_AT_ONCE // max(1, weight.shape[1])))
     buffer = torch.empty(count, weight.shape[1], dtype=dtype, device=weight.device)

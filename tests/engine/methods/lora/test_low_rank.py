@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pytest
 import torch
 from torch import nn
@@ -47,6 +48,14 @@ def test_the_input_goes_to_the_device_of_the_factors() -> None:
     layer, factors = nn.Linear(8, 6), (torch.empty(3, 8, device="meta"), torch.empty(6, 3, device="meta"), 1.0)
     found = low_rank_of(Linear()).forward(layer, torch.ones(5, 8), factors, Dropout(1.0, True))
     assert found.is_meta and found.shape == (5, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_factor_beyond_the_range_of_float32_merges_to_infinity(dtype: torch.dtype) -> None:
+    for factor, wanted in ((1e39, math.inf), (-1e300, -math.inf), (math.nan, math.nan)):
+        weight = torch.ones(3, 4, dtype=dtype)
+        add_product_(weight, torch.ones(2, 4), torch.ones(3, 2), factor)
+        assert torch.equal(weight.nan_to_num(7), torch.full((3, 4), wanted, dtype=dtype).nan_to_num(7))
 
 
 def test_all_ways_to_compute_the_product_agree() -> None:
