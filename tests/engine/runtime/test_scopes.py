@@ -315,6 +315,17 @@ def test_what_trains_is_afterwards_as_before() -> None:
     assert flags(model) == before and model.manager.revision == revision
 
 
+def test_a_block_without_adapters_leaves_their_gradients_to_other_threads() -> None:
+    """PEFT freezes them inside the block: a thread in the middle of its step would lose gradients without a word."""
+    model = adapted()
+    before = flags(model)
+    loss = model(IDS).sum()
+    with elsewhere(model, None):
+        assert flags(model) == before
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in model.manager.parameters("a"))
+
+
 def test_a_copy_made_inside_a_block_is_of_the_model_outside() -> None:
     model = adapted()
     legal = outputs(model)
