@@ -42,6 +42,7 @@ IN_THE_NOTEBOOK_ALONE = {
     "--new": "says what is the default",
     "--delete": "is the method delete_run",
     "--rename": "is the method rename_run",
+    "--note": "is the method note_run",
     "--folder": "is the method runs_folder",
     "--traceback": "is the property last_traceback",
 }

@@ -27,6 +27,8 @@ _LONGEST_TIME = 10**10
 _LAST_TIME = 253_402_300_799
 """Unix time in seconds of the end of the year 9999."""
 _LONGEST_TEXT = 10_000
+LONGEST_NOTE = 1_000
+"""Greatest number of characters of a note on a run."""
 _LONGEST_NAME = 200
 _MOST_FIELDS = 1_000
 
@@ -56,6 +58,7 @@ class RunRecord:
         kept_steps: steps of the checkpoints in descending order.
         metrics: the last scores and values of ``compute_metrics``, by name; ``with_best_metrics`` has the best step's.
         headline: the last value of each curve by which it is judged, see ``TrainState``; None before the first one.
+        note: a remark of the user's on it, on one line.
     """
 
     name: str
@@ -78,6 +81,7 @@ class RunRecord:
     kept_steps: tuple[int, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     headline: Mapping[str, float | None] = field(default_factory=dict, hash=False)
+    note: str = ""
 
     @property
     def at(self) -> str:
@@ -88,6 +92,12 @@ class RunRecord:
     def adapters(self) -> tuple[str, ...]:
         """Names of the trained adapters."""
         return tuple(self.adapter.split(", "))
+
+    def matches(self, words: str) -> bool:
+        """Returns whether each word occurs in its name, adapter, model, status, note or settings, in any case."""
+        settings = (f"{name} {value}" for name, value in self.settings.items())
+        text = " ".join((self.name, self.adapter, self.model, self.status, self.note, *settings)).casefold()
+        return all(word in text for word in words.casefold().split())
 
     @property
     def is_complete(self) -> bool:
@@ -107,7 +117,8 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
     """
     known = {field.name: facts[field.name] for field in fields(RunRecord) if facts.get(field.name) is not None}
     own: dict[str, Any] = {"name": name, "path": path, "model": facts.get("model") or ""}
-    own |= {"kept_steps": tuple(kept_steps), "message": _line(facts.get("message") or "")}
+    own |= {"kept_steps": tuple(kept_steps), "message": one_line(facts.get("message") or "")}
+    own |= {"note": one_line(facts.get("note") or "")}
     own |= {"status": CRASHED} if facts["status"] == "running" and not running else {}
     metrics = facts.get("metrics") or {}
     headline = facts.get("headline") or {"loss": facts.get("loss")}
@@ -116,7 +127,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
     return RunRecord(**(known | own))
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """Returns a text on one line, without control characters."""
     return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
 
@@ -256,7 +267,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
-    "message": (lambda value: isinstance(value, str), "a string"),
+    **dict.fromkeys(("message", "note"), (lambda value: isinstance(value, str), "a string")),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),
     "process": (lambda value: type(value) is int and 0 < value < 2**31, "a process id"),
     **dict.fromkeys(("step", "total_steps", "first_step", "best_step"), _STEP),

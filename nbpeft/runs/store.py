@@ -18,7 +18,7 @@ from nbpeft.checkpoint.staging import discard, flush_folder, make_folder, sweep
 from nbpeft.checkpoint.tensor_file import weights_mark
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, few
 from nbpeft.runs.folder import FACTS, RunFolder
-from nbpeft.runs.record import CRASHED, UNREADABLE, RunRecord
+from nbpeft.runs.record import CRASHED, LONGEST_NOTE, UNREADABLE, RunRecord, one_line
 
 MOST_RUNS = 200
 """Number of runs in a folder beyond which the oldest ended ones are deleted."""
@@ -112,6 +112,19 @@ class RunStore:
         with disk_errors(self.place), _locked(folder):
             os.rename(folder.path, self.place / new)
             flush_folder(self.place)
+
+    def note(self, name: str, text: str) -> None:
+        """Writes a note on a run, in place of the one that it has; an empty text removes it.
+
+        Raises:
+            CheckpointNotFoundError: there is no such run.
+            CheckpointError: the run is still running or cannot be read or written, or the text is too long.
+        """
+        folder = self.find(name)
+        if len(text) > LONGEST_NOTE:
+            raise CheckpointError(f"a note has at most {LONGEST_NOTE:,} characters, and this one {len(text):,}")
+        with disk_errors(self.place), _locked(folder):
+            folder.write({**folder.facts(), "note": one_line(text)})
 
     def delete(self, name: str) -> None:
         """Deletes a run with its checkpoints.

@@ -161,6 +161,7 @@ class Session:
     resume = _unlocked(run_commands.resume)
     kept_run = _unlocked(run_commands.kept_run)
     rename_run = _unlocked(run_commands.rename_run)
+    note_run = _unlocked(run_commands.note_run)
     delete_run = _unlocked(run_commands.delete_run)
 
     # Memory

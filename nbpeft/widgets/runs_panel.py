@@ -1,4 +1,7 @@
-"""The saved runs: a click on a column sorts them, and those selected are compared below."""
+"""The saved runs: a click on a column sorts them, a search filters them, and those selected are compared below.
+
+Below the table, the selected runs can be deleted, and one alone renamed and given a note.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nbpeft.display.blocks import Block, Stack, dim, line
+from nbpeft.display.blocks import Block, Stack, Text, dim, line
 from nbpeft.display.html import grid_row, head, span, to_html
 from nbpeft.display.numbers import plural
-from nbpeft.session.results.kept_runs import Column, RunsComparison, RunsResult, sorted_records, why_unreadable
+from nbpeft.errors import few
+from nbpeft.runs.record import RunRecord
+from nbpeft.session.results.kept_runs import SORTS, Column, RunsComparison, RunsResult, why_unreadable
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
 from nbpeft.widgets.panel import Panel
@@ -19,22 +24,32 @@ if TYPE_CHECKING:
 
 MOST = 12
 """Number of runs that are shown at first."""
-_HINT = "Select two or more runs to compare them."
+_HINT = "Select one run to rename it or to note something, two or more to compare them."
 
 
 class RunsPanel(Panel):
     """The table of runs with a check box in each row.
 
+    Args:
+        session: Reads and changes the runs.
+        result: All runs of its folder.
+        sort: The column by which they are sorted.
+        search: The words that are searched at first.
+        ui: How to show it; by default the richest form that works here.
+
     Attributes:
-        result: The runs in the order shown.
+        result: The runs that match the search, in the order shown.
     """
 
     kind: ClassVar[str] = "runs"
     session_method: ClassVar[str] = "runs"
 
-    def __init__(self, session: Session, result: RunsResult, sort: str = "time", *, ui: Ui = "auto") -> None:
+    def __init__(
+        self, session: Session, result: RunsResult, sort: str = "time", *, search: str = "", ui: Ui = "auto"
+    ) -> None:
         super().__init__(ui)
-        self._session, self.result, self._sort = session, result, sort
+        self._session, self._all, self._sort = session, result, sort
+        self.result = result.matching(search)
         self._selected: list[str] = []
         self._limit = MOST
         self._comparison: RunsComparison | None = None
@@ -49,7 +64,7 @@ class RunsPanel(Panel):
         return (id(self._session), self.result.place)
 
     def _build(self) -> _Parts:
-        return _Parts(self._command, self.result.columns())
+        return _Parts(self._command, self.result.search)
 
     def _opened(self) -> None:
         self._draw()
@@ -63,83 +78,201 @@ class RunsPanel(Panel):
         return listed if self._comparison is None else Stack((listed, self._comparison.view()))
 
     def _run(self, what: str, *arguments: Any) -> str:
+        told = ""
         if what == "sort":
             self._sort = arguments[0]
-            order = {record.name: place for place, record in enumerate(self.result.records)}
-            records = sorted_records(self.result.records, self._sort)
-            curves = self.result.curves
-            sorted_curves = tuple(curves[order[record.name]] for record in records) if curves else ()
-            self.result = RunsResult(self.result.place, records, sorted_curves)
+            self._show(self._all.sorted(self._sort))
+        elif what == "search":
+            self._show(self._all, arguments[0])
         elif what == "more":
             self._limit = len(self.result.records)
-        else:  # "select"
+        elif what == "select":
             name, wanted = arguments
-            self._selected = [*(other for other in self._selected if other != name), *([name] if wanted else [])]
-            several = len(self._selected) > 1
-            compared = self._session.runs(*self._selected) if several else None
-            self._comparison = compared if isinstance(compared, RunsComparison) else None
+            self._select([*(other for other in self._selected if other != name), *([name] if wanted else [])])
+        else:  # "delete", "rename" or "note"
+            told = self._change(what, *arguments)
         self._draw()
         self._changed()
-        return ""
+        return told
+
+    def _change(self, what: str, *arguments: str) -> str:
+        """Changes the selected runs and lists all again, even if one of them could not be changed."""
+        session, told = self._session, []
+        changes: dict[str, Callable[..., object]] = {
+            "delete": session.delete_run,
+            "rename": session.rename_run,
+            "note": session.note_run,
+        }
+        after = {"delete": (), "rename": arguments, "note": self._selected}[what]
+        left = list(self._selected)
+        try:
+            for name in self._selected:
+                told.append(str(changes[what](name, *arguments)))
+                left.remove(name)
+        finally:
+            listed = session.runs()
+            assert isinstance(listed, RunsResult)
+            if self._sort not in {column.sort for column in listed.columns()}:  # the setting differs no longer
+                self._sort = SORTS[0]
+            self._show(listed.sorted(self._sort))
+            self._select(left or list(after))
+        return " · ".join(told)
+
+    def _show(self, listed: RunsResult, search: str | None = None) -> None:
+        self._all = listed
+        self.result = listed.matching(self.result.search if search is None else search)
+
+    def _select(self, names: list[str]) -> None:
+        """Selects runs, and compares them if there are several."""
+        self._selected = names
+        compared = self._session.runs(*names) if len(names) > 1 else None
+        self._comparison = compared if isinstance(compared, RunsComparison) else None
+
+    def _failed(self) -> None:
+        self._draw()
+        self._changed()
 
     def _draw(self) -> None:
-        self._parts.draw(self.result, self._sort, self._limit, self._selected, self._comparison)
+        self._parts.draw(self._all, self.result, self._sort, self._limit, self._selected)
+        self._parts.compare(self._comparison)
 
 
 class _Parts:
     """The widgets of the panel."""
 
-    def __init__(self, command: Callable[..., None], columns: tuple[Column, ...]) -> None:
+    def __init__(self, command: Callable[..., None], search: str) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
 
-        self._command, self._widths = command, " ".join(column.width for column in columns)
+        self._command = command
         self._head = parts.html()
-        self._titles = {
-            column.sort: parts.button(
-                column.title.replace("_", "_\u200b"),  # a place where a narrow column breaks it
-                f"Sort by {column.title.lower()}",
-                weakly(command, "sort", column.sort),
-                "bare",
-            )
-            for column in columns
-            if column.sort
-        }
+        self._search = parts.labelled("Search", ipywidgets.Text(value=search, placeholder="name, note or setting"), 200)
+        self._search.observe(weakly(self._typed), names="value")
+        self._searching = parts.settings_row(self._search, margin="0 0 6px 0")
+        self._titles: dict[tuple[str, str], Any] = {}
         self._rows: dict[str, _Row] = {}
-        cells = [self._titles.get(column.sort) or parts.html(span(dim(column.title))) for column in columns]
-        titles = ipywidgets.Box(cells, layout=ipywidgets.Layout(grid_template_columns=self._widths))
-        titles.add_class("nbpeft-runs-grid")
-        self._table = ipywidgets.VBox([titles])
+        self._grid = ipywidgets.Box([], layout=ipywidgets.Layout())
+        self._grid.add_class("nbpeft-runs-grid")
+        self._table = ipywidgets.VBox([self._grid])
         self._table.add_class("nbpeft-runs")
         self._more = parts.button("Show all", "Show all runs", weakly(command, "more"), hides=True)
         self._hint = parts.html()
+        self._changes = _Changes(command)
         self._compared = parts.html()
         self.message = parts.Message()
         foot = ipywidgets.HBox([self._hint, self._more])
         foot.add_class("nbpeft-foot")
-        self.root = parts.panel_root(self._head, self._table, foot, self._compared, self.message.box)
+        below = (foot, self._changes.box, self.message.box, self._compared)
+        self.root = parts.panel_root(self._head, self._searching, self._table, *below)
         self.root.add_class("nbpeft-wide")
 
-    def draw(
-        self, result: RunsResult, sort: str, limit: int, selected: list[str], comparison: RunsComparison | None
-    ) -> None:
-        """Shows the first ``limit`` runs, and the comparison of the selected ones."""
+    def draw(self, listed: RunsResult, found: RunsResult, sort: str, limit: int, selected: list[str]) -> None:
+        """Shows the first ``limit`` of the runs that were found, and what can be done with the selected ones."""
+        from nbpeft.widgets.controls import one_each
+
+        columns, total, count = listed.columns(), len(listed.records), len(found.records)
+        title = f"{count:,} of {plural(total, 'run')}" if found.search else plural(total, "run")
+        self._head.value = head(title, dim(listed.about), below=8)
+        self._searching.layout.display = None if total > 1 or found.search else "none"
+        widths = self._draw_titles(columns, sort)
+        shown = {record.name: record for record in found.records[:limit]}
+        self._rows = one_each(self._table, self._rows, shown, lambda name: _Row(name, self._command))
+        for name, record in shown.items():
+            cells = grid_row(((column.cell(record), "") for column in columns), widths)
+            self._rows[name].draw(cells, on=name in selected)
+        self._more.layout.display = None if count > limit else "none"
+        hints = [*why_unreadable(found.records), *([_HINT] if count and len(selected) < 2 else [])]
+        self._hint.value = "".join(to_html(line(dim(words))) for words in hints)
+        self._changes.draw([record for record in listed.records if record.name in selected])
+
+    def _draw_titles(self, columns: tuple[Column, ...], sort: str) -> str:
+        """Shows the titles of the columns, which a click sorts by; returns their CSS widths."""
         from nbpeft.widgets.controls import mark, one_each
 
-        count = len(result.records)
-        self._head.value = head(plural(count, "run"), dim(result.about), below=8)
-        for name, title in self._titles.items():
-            mark(title, "nbpeft-on", name == sort)
-        cells = dict(zip((record.name for record in result.records), result.rows(), strict=True))
-        names = [record.name for record in result.records[:limit]]
-        self._rows = one_each(self._table, self._rows, names, lambda name: _Row(name, self._command))
-        for name in names:
-            self._rows[name].draw(grid_row(((cell, "") for cell in cells[name]), self._widths), on=name in selected)
-        self._more.layout.display = None if count > limit else "none"
-        hints = [*why_unreadable(result.records), *([_HINT] if count > 1 and comparison is None else [])]
-        self._hint.value = "".join(to_html(line(dim(words))) for words in hints)
+        self._titles = one_each(
+            self._grid, self._titles, [(column.title, column.sort) for column in columns], lambda key: self._title(*key)
+        )
+        for (_, order), title in self._titles.items():
+            mark(title, "nbpeft-on", order == sort)
+        widths = " ".join(column.width for column in columns)
+        self._grid.layout.grid_template_columns = widths
+        return widths
+
+    def _title(self, title: str, sort: str) -> Any:
+        from nbpeft.widgets import controls as parts
+
+        if not sort:
+            return parts.html(span(dim(title)))
+        label = title.replace("_", "_\u200b")  # a place where a narrow column breaks it
+        return parts.button(label, f"Sort by {title.lower()}", weakly(self._command, "sort", sort), "bare")
+
+    def compare(self, comparison: RunsComparison | None) -> None:
+        """Shows the comparison of the selected runs, or none."""
         self._compared.value = "" if comparison is None else f'<div style="margin-top:10px">{_inner(comparison)}</div>'
+
+    def _typed(self) -> None:
+        self._command("search", self._search.value)
+
+
+class _Changes:
+    """What changes the selected runs: the name and the note of one alone, and a deletion."""
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        import ipywidgets
+
+        from nbpeft.widgets import controls as parts
+
+        self._command = command
+        self._records: list[RunRecord] = []
+        self._name = parts.labelled("Name", ipywidgets.Text(), 220)
+        self._note = parts.labelled("Note", ipywidgets.Text(placeholder="what this run was for"), 300)
+        parts.on_enter(self._name, weakly(self._renamed))
+        parts.on_enter(self._note, weakly(self._noted))
+        rename = parts.button("Rename", "Give the run this name", weakly(self._renamed), hides=True)
+        save = parts.button("Save note", "Keep this note with the run", weakly(self._noted), hides=True)
+        self._fields = [self._name, rename, self._note, save]
+        self._ask = parts.button(
+            "Delete", "Delete the selected runs, after a confirmation", weakly(self._asked), hides=True
+        )
+        self._question = parts.html(flex="0 1 auto")
+        delete = parts.button("Delete", "Delete these runs with their checkpoints", weakly(self._deleted), "danger")
+        keep = parts.button("Keep", "Delete nothing", weakly(self._close), "apart")
+        self._sure = ipywidgets.HBox([self._question, delete, keep])
+        self._sure.add_class("nbpeft-form")
+        self.box = ipywidgets.VBox([parts.settings_row(*self._fields, self._ask), self._sure])
+        self.box.layout.display = "none"
+
+    def draw(self, selected: list[RunRecord]) -> None:
+        """Shows what can be done with the selected runs; what is typed stays until the selection changes."""
+        if selected == self._records:
+            return
+        self._records = selected
+        self._close()
+        self.box.layout.display = None if selected else "none"
+        for field in self._fields:
+            field.layout.display = None if len(selected) == 1 else "none"
+        if len(selected) == 1:
+            self._name.value, self._note.value = selected[0].name, selected[0].note
+
+    def _asked(self) -> None:
+        names = few([record.name for record in self._records], quoted=False)
+        words = f"Delete {names} with all checkpoints? The adapters on the model stay."
+        self._question.value = span(Text(words, wrap="words"))
+        self._ask.layout.display, self._sure.layout.display = "none", None
+
+    def _close(self) -> None:
+        self._ask.layout.display, self._sure.layout.display = None, "none"
+
+    def _renamed(self) -> None:
+        self._command("rename", self._name.value.strip())
+
+    def _noted(self) -> None:
+        self._command("note", self._note.value)
+
+    def _deleted(self) -> None:
+        self._close()
+        self._command("delete")
 
 
 class _Row:
@@ -150,9 +283,9 @@ class _Row:
 
         from nbpeft.widgets import controls as parts
 
-        self._name, self._command = name, command
+        self._name, self._command, self._on = name, command, False
         self._box = ipywidgets.Checkbox(
-            description=f"Compare {name}", indent=False, layout=ipywidgets.Layout(width="22px", margin="0")
+            description=f"Select {name}", indent=False, layout=ipywidgets.Layout(width="22px", margin="0")
         )
         self._box.add_class("nbpeft-unlabelled")
         self._box.observe(weakly(self._toggled), names="value")
@@ -165,10 +298,12 @@ class _Row:
         from nbpeft.widgets.controls import mark
 
         self._cells.value = cells
+        self._on = self._box.value = on
         mark(self.box, "nbpeft-on", on)
 
     def _toggled(self) -> None:
-        self._command("select", self._name, bool(self._box.value))
+        if self._box.value != self._on:
+            self._command("select", self._name, bool(self._box.value))
 
 
 def _inner(comparison: RunsComparison) -> str:

@@ -89,6 +89,7 @@ PANEL_CSS = f"""
 .nbpeft-panel.nbpeft-wide {{ max-width: none; }}
 .nbpeft-runs > .nbpeft-row {{ padding-left: 4px; }}
 .nbpeft-runs-grid > * {{ margin: 0 !important; }}
+.nbpeft-runs-grid .widget-html-content {{ padding: 0 8px; line-height: 26px; }}
 .nbpeft-panel .nbpeft-runs-grid .jupyter-button {{ padding: 0 8px; text-align: left; white-space: normal; height: auto;
   min-height: 26px; line-height: 16px; }}
 .nbpeft-panel .nbpeft-runs-grid .jupyter-button:hover:enabled {{ color: {TEXT}; }}

@@ -241,6 +241,18 @@ def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, pla
     compared = bare.do("%lora runs sql-1 sql-2")
     assert compared.differing["learning_rate"] == (0.05, 0.01)
     assert "Did you mean 'sql-1'" in bare.run("%lora runs sql-1 sql1").line
+    bare.do('%lora runs --note sql-1 "a low rate"')
+    assert [record.name for record in bare.do("%lora runs --search low").records] == ["sql-1"]
+    assert "a low rate" in str(bare.do("%lora runs sql-1 sql-2"))
+    for line, told in (
+        ("--rename sql-1 slow --delete sql-2", "--delete changes one run and lists none: leave out --rename"),
+        (
+            "sql-2 --note sql-1 x --sort name",
+            "--note changes one run and lists none: leave out runs to compare, --sort",
+        ),
+        ("sql-1 sql-2 --sort name", "sort is for the list of all runs"),
+    ):
+        assert told in bare.run(f"%lora runs {line}").line
     bare.do("%lora runs --rename sql-1 slow")
     assert "no run is called 'slo'" in bare.run("%lora runs --delete slo").line
     bare.do("%lora runs --delete slow")

@@ -136,6 +136,36 @@ def test_renaming(store: RunStore) -> None:
         store.rename("sql-3", "x")
 
 
+def test_a_note_stays_with_its_run(store: RunStore) -> None:
+    made(store, loss=0.5), made(store)
+    store.note("sql-1", "before the\n schema\x1b[2J changed")
+    store.rename("sql-1", "best")
+    before = store.find("best").record()
+    assert before.note == "before the schema [2J changed" and before.loss == 0.5
+    with pytest.raises(CheckpointError, match="at most 1,000 characters, and this one 1,001"):
+        store.note("best", "x" * 1001)
+    assert store.find("best").record() == before
+    store.note("best", " ")
+    assert store.find("best").record().note == ""
+    running = store.create("kind")
+    running.write({"adapter": "kind", "status": "running"})
+    with pytest.raises(CheckpointError, match="run kind-1 is still running"):
+        store.note("kind-1", "x")
+    running.close()
+    facts = json.loads((store.place / "sql-2" / "run.json").read_text())
+    (store.place / "sql-2" / "run.json").write_text(json.dumps({**facts, "note": 3}))
+    assert "note in run.json is 3, not a string" in store.find("sql-2").record().message
+    with pytest.raises(CheckpointError, match=r"note in run\.json is 3"):
+        store.note("sql-2", "x")
+
+
+def test_words_are_found_in_each_field_of_a_run(store: RunStore) -> None:
+    name = made(store, model="base", note="Straße", settings={"r": 8, "method": "LoRA"})
+    record = store.find(name).record()
+    assert all(map(record.matches, ("", "SQL-1 base", "strasse", "r 8", "lora finished")))
+    assert not any(map(record.matches, ("sql-2", "lora crashed", "16")))
+
+
 @pytest.mark.parametrize("name", ["../outside", ".", "", "/etc"])
 def test_what_is_no_run_is_never_deleted(store: RunStore, name: str) -> None:
     made(store)

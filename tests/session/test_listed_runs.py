@@ -153,5 +153,14 @@ def test_renaming_and_deleting(tmp_path: Path) -> None:
     assert str(session.rename_run("sql-1", "best")) == "renamed run sql-1 to best"
     with pytest.raises(CheckpointNotFoundError, match=r"no run is called 'bes'.*Did you mean 'best'"):
         session.delete_run("bes")
+    assert str(session.note_run("best", "the small rank")) == "the note on run best is saved"
+    listed = session.runs(search="RANK r 4")
+    assert "the small rank" in str(listed) and "the small rank" in str(session.runs("best"))
+    assert list(listed.to_dataframe()["note"]) == ["the small rank"]
+    assert str(session.runs(search="large")) == f"no run in {listed.place} matches 'large'"
+    for name, given in (("sort", "time"), ("search", "rank")):
+        with pytest.raises(ConfigError, match=f"{name} is for the list of all runs, and 'best' would be compared"):
+            session.runs("best", **{name: given})
+    assert str(session.note_run("best", "")) == "run best has no note"
     assert str(session.delete_run("best")) == "deleted run best"
     assert session.runs().records == ()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
 import pytest
 
+from nbpeft.errors import CheckpointError
 from nbpeft.runs.record import RunRecord
 from nbpeft.session.results.kept_runs import RunsComparison, RunsResult
 from nbpeft.widgets import RunsPanel
 from nbpeft.widgets.runs_panel import MOST
-from tests.widgets.support import button, parts
+from tests.widgets.support import button, labels, parts, text
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
 
@@ -31,22 +33,45 @@ def record(name: str, started: float, **more: Any) -> RunRecord:
     return RunRecord(name=name, path=f"/runs/{name}", adapter="sql", model="model", started=started, **values)
 
 
-class Compares:
-    """A session that compares runs."""
+def listed(records: tuple[RunRecord, ...]) -> RunsResult:
+    return RunsResult("/runs", records, tuple(((1, 3.0),) for _ in records))
+
+
+class Runs:
+    """The runs of a session, in memory; ``running`` cannot be changed."""
 
     def __init__(self, records: tuple[RunRecord, ...]) -> None:
         self.records = records
         self.asked: list[tuple[str, ...]] = []
 
-    def runs(self, *names: str) -> RunsComparison:
+    def delete_run(self, name: str) -> str:
+        return self._change(name, f"deleted {name}")
+
+    def rename_run(self, name: str, new: str) -> str:
+        return self._change(name, f"renamed {name} to {new}", name=new)
+
+    def note_run(self, name: str, note: str) -> str:
+        return self._change(name, f"noted {note}", note=note)
+
+    def _change(self, run: str, told: str, **facts: str) -> str:
+        if run == "running":
+            raise CheckpointError("run running is still running")
+        self.records = tuple(
+            replace(one, **facts) if one.name == run else one for one in self.records if facts or one.name != run
+        )
+        return told
+
+    def runs(self, *names: str) -> RunsComparison | RunsResult:
+        if not names:
+            return listed(self.records)
         self.asked.append(names)
         found = tuple(next(one for one in self.records if one.name == name) for name in names)
         return RunsComparison(found, {"loss": tuple((((1, 3.0), (2, 2.0)), ()) for _ in found)})
 
 
-def panel_of(records: tuple[RunRecord, ...]) -> RunsPanel:
-    session: Any = Compares(records)
-    return RunsPanel(session, RunsResult("/runs", records, tuple(((1, 3.0),) for _ in records)), ui="widgets")
+def panel_of(records: tuple[RunRecord, ...], **options: str) -> RunsPanel:
+    session: Any = Runs(records)
+    return RunsPanel(session, listed(records), ui="widgets", **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -57,7 +82,7 @@ def panel() -> Iterator[RunsPanel]:
 
 
 def shown(panel: RunsPanel) -> list[str]:
-    return [part.description.removeprefix("Compare ") for part in parts(panel, ipywidgets.Checkbox)]
+    return [part.description.removeprefix("Select ") for part in parts(panel, ipywidgets.Checkbox)]
 
 
 def test_a_click_on_a_column_sorts(panel: RunsPanel) -> None:
@@ -80,11 +105,11 @@ def test_two_that_are_selected_are_compared(panel: RunsPanel) -> None:
     first.value = True
     assert list(panel.selected) == ["sql-2"] and "<table" not in parts(panel, ipywidgets.HTML)[-2].value
     page = "".join(part.value for part in parts(panel, ipywidgets.HTML))
-    assert "Select two or more" in page
+    assert "two or more to compare" in page
     second.value = True
     assert list(panel.selected) == ["sql-2", "sql-1"]
     page = "".join(part.value for part in parts(panel, ipywidgets.HTML))
-    assert "Select two or more" not in page and page.count("<table") == 1 and "learning_<wbr>rate" in page
+    assert "two or more to compare" not in page and page.count("<table") == 1 and "learning_<wbr>rate" in page
     saved = panel._repr_mimebundle_()
     assert saved["text/html"].count("<table") == 2 and "sql-2 · sql-1" in saved["text/plain"]
     button(panel, "Result").click()
@@ -112,3 +137,80 @@ def test_the_metrics_of_a_run_have_a_line_each_without_their_prefix() -> None:
         "and 1 more",
     ]
     assert {span.wrap for span in best} == {"words"}
+
+
+def select(panel: RunsPanel, *names: str) -> None:
+    for box in parts(panel, ipywidgets.Checkbox):
+        box.value = box.description.removeprefix("Select ") in names
+
+
+def field(panel: RunsPanel, label: str) -> Any:
+    (found,) = (part for part in parts(panel, ipywidgets.Text) if part.description == label)
+    return found
+
+
+def test_a_search_lists_the_runs_with_these_words() -> None:
+    one, two, three = record("sql-1", 1.0), record("sql-2", 2.0, note="Before the schema"), record("kind-1", 3.0)
+    panel = panel_of((three, two, one), search="SQL-")
+    assert shown(panel) == ["sql-2", "sql-1"] and "2 of 3 runs" in text(panel)
+    field(panel, "Search").value = "sql schema"
+    assert shown(panel) == ["sql-2"] and "kind" not in panel._repr_mimebundle_()["text/plain"]
+    button(panel, "Result").click()
+    assert shown(panel) == ["sql-2"]
+    field(panel, "Search").value = "learning_rate 3"
+    assert shown(panel) == ["kind-1"]
+    field(panel, "Search").value = "nothing"
+    assert shown(panel) == [] and "0 of 3 runs" in text(panel)
+    assert "no run in /runs matches 'nothing'" in panel._repr_mimebundle_()["text/plain"]
+    field(panel, "Search").value = ""
+    assert len(shown(panel)) == 3
+    panel.close()
+
+
+def test_one_selected_run_is_renamed_and_noted_on(panel: RunsPanel) -> None:
+    assert "Rename" not in labels(panel)
+    select(panel, "sql-1")
+    assert "Rename" in labels(panel) and field(panel, "Name").value == "sql-1"
+    field(panel, "Name").value = " best "
+    button(panel, "Rename").click()
+    assert shown(panel) == ["sql-2", "best"] and panel.selected == ("best",)
+    assert [box.value for box in parts(panel, ipywidgets.Checkbox)] == [False, True]
+    field(panel, "Note").value = "with the <schema>"
+    button(panel, "Result").click()
+    assert field(panel, "Note").value == "with the <schema>"
+    button(panel, "Save note").click()
+    assert "with the &lt;schema&gt;" in text(panel) and panel.selected == ("best",)
+    select(panel, "sql-2")
+    assert field(panel, "Note").value == "" and field(panel, "Name").value == "sql-2"
+
+
+def test_selected_runs_are_deleted_after_a_confirmation() -> None:
+    panel = panel_of((record("sql-3", 3.0), record("sql-2", 2.0), record("sql-1", 1.0)))
+    button(panel, "learning_\u200brate").click()
+    select(panel, "sql-1", "sql-2")
+    ask, sure = button(panel, "Delete"), button(panel, "Delete", 1, hidden=True)
+    assert "Rename" not in labels(panel) and "Keep" not in labels(panel)
+    ask.click()
+    assert "Keep" in labels(panel) and "Delete sql-1, sql-2 with all" in text(panel)
+    button(panel, "Keep").click()
+    assert "Keep" not in labels(panel) and len(shown(panel)) == 3
+    ask.click()
+    sure.click()
+    assert shown(panel) == ["sql-3"] and panel.selected == () and "<table" not in text(panel)
+    assert "learning_\u200brate" not in labels(panel)
+    select(panel, "sql-3")
+    ask.click()
+    sure.click()
+    assert shown(panel) == [] and "0 runs" in text(panel)
+    panel.close()
+
+
+def test_a_run_that_cannot_be_deleted_stays_selected() -> None:
+    panel = panel_of((record("sql-2", 2.0), record("running", 1.0)))
+    select(panel, "sql-2", "running")
+    ask, sure = button(panel, "Delete"), button(panel, "Delete", 1, hidden=True)
+    ask.click()
+    sure.click()
+    assert shown(panel) == ["running"] and panel.selected == ("running",)
+    assert "still running" in text(panel)
+    panel.close()

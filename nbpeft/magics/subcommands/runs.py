@@ -172,9 +172,11 @@ def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: Noteb
     "runs",
     "List the training runs on disk, or compare some of them: their curves and the settings that differ.",
     argument("names", nargs="*", metavar="RUN", completes="run", help="runs to compare (default: list all)"),
-    argument("--sort", metavar="COLUMN", default="time", words=SORTS, help=f"one of {', '.join(SORTS)}, or a setting"),
+    argument("--sort", metavar="COLUMN", words=SORTS, help=f"one of {', '.join(SORTS)}, or a setting (default: time)"),
+    argument("--search", metavar="WORDS", help="list the runs with these words in name, adapter, note or settings"),
     argument("--delete", metavar="NAME", completes="run", help="delete the run with exactly this name"),
     argument("--rename", nargs=2, metavar=("NAME", "NEW"), help="give a run another name"),
+    argument("--note", nargs=2, metavar=("NAME", "TEXT"), help="write a note on a run; an empty one removes it"),
     argument(
         "--folder",
         metavar="DIR",
@@ -184,19 +186,33 @@ def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: Noteb
     example="%lora runs sql-1 sql-3",
 )
 def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
-    """List, compare, rename or delete runs."""
-    if options.folder is not None and notebook.session.runs_folder(options.folder) is None:
+    """List, compare, rename, annotate or delete runs."""
+    session = notebook.session
+    changes = {"--delete": options.delete, "--rename": options.rename, "--note": options.note}
+    _refuse_beside(options, [name for name, given in changes.items() if given is not None])
+    if options.folder is not None and session.runs_folder(options.folder) is None:
         return Notice("no runs are saved from now on")
     if options.delete is not None:
-        return notebook.session.delete_run(options.delete)
+        return session.delete_run(options.delete)
     if options.rename is not None:
-        return notebook.session.rename_run(*options.rename)
-    result = notebook.session.runs(*options.names, sort=options.sort)
+        return session.rename_run(*options.rename)
+    if options.note is not None:
+        return session.note_run(*options.note)
+    result = session.runs(*options.names, sort=options.sort, search=options.search if options.names else None)
     if isinstance(result, RunsComparison) or not result.records:
         return result
-    listed = _ListWithPanel(result.place, result.records, result.curves)
-    vars(listed)["panel"] = partial(_panel, notebook, result, options.sort)
+    found = result.matching(options.search or "")
+    listed = _ListWithPanel(**vars(found))
+    vars(listed)["panel"] = partial(_panel, notebook, result, options)
     return listed
+
+
+def _refuse_beside(options: argparse.Namespace, changes: Sequence[str]) -> None:
+    """Refuse what a change of one run would leave unused: a second change, and anything about the list."""
+    others = {"runs to compare": options.names, "--sort": options.sort, "--search": options.search}
+    unused = [*changes[1:], *(name for name, given in others.items() if given)]
+    if changes and unused:
+        raise CellError(f"{changes[0]} changes one run and lists none: leave out {few(unused, quoted=False)}")
 
 
 class _ListWithPanel(RunsResult):
@@ -209,7 +225,8 @@ class _ListWithPanel(RunsResult):
         show()._ipython_display_()
 
 
-def _panel(notebook: NotebookContext, result: RunsResult, sort: str) -> Any:
+def _panel(notebook: NotebookContext, result: RunsResult, options: argparse.Namespace) -> Any:
     from nbpeft.widgets import RunsPanel
 
-    return RunsPanel(notebook.session, result, sort, ui=notebook.ui)
+    sort, search = options.sort or SORTS[0], options.search or ""
+    return RunsPanel(notebook.session, result, sort, search=search, ui=notebook.ui)

@@ -18,6 +18,7 @@ from nbpeft.errors import (
     BusyError,
     CheckpointError,
     CheckpointNotFoundError,
+    ConfigError,
     TrainingError,
     few,
     shortened,
@@ -31,6 +32,7 @@ from nbpeft.session.context import is_off
 from nbpeft.session.handles import is_module, rehandle, uncompiled
 from nbpeft.session.results import LineResult, ModelRef
 from nbpeft.session.results.kept_runs import (
+    SORTS,
     ResumeResult,
     RunCard,
     RunsComparison,
@@ -93,26 +95,32 @@ def _check_writable(path: Path) -> None:
         raise CheckpointError(f"{there} cannot be written, so runs cannot be saved in {path}", path=str(path))
 
 
-def runs(ctx: SessionContext, /, *names: str, sort: str = "time") -> RunsResult | RunsComparison:
+def runs(
+    ctx: SessionContext, /, *names: str, sort: str | None = None, search: str | None = None
+) -> RunsResult | RunsComparison:
     """List the saved runs, or compare some of them.
 
     Args:
         *names: names of runs to compare; without any, all runs are listed.
         sort: ``time`` (newest first), ``result``, ``eval``, ``best``, ``steps``, ``seconds``, ``name``, ``status``, or
-            a setting, such as ``learning_rate``.
+            a setting, such as ``learning_rate``; by default ``time``.
+        search: lists only the runs that have each of these words in their name, adapter, model, status, note or
+            settings, in any case.
 
     Raises:
         CheckpointNotFoundError: there is no such run.
         CheckpointError: none of the runs to compare can be read.
-        ConfigError: the sort order is unknown.
+        ConfigError: the sort order is unknown, or an order or a search is given for runs to compare.
     """
     from nbpeft.runs.record import UNREADABLE, curve_of
 
     store = _store(ctx)
     if not names:
-        listed = [_listed(record) for record in sorted_records(tuple(store.records()), sort)]
+        listed = [_listed(record) for record in sorted_records(tuple(store.records()), sort or SORTS[0])]
         records, curves = (tuple(part) for part in zip(*listed, strict=True)) if listed else ((), ())
-        return RunsResult(str(from_here(store.place)), records, curves)
+        return RunsResult(str(from_here(store.place)), records, curves).matching(search or "")
+    for name in (name for name, given in (("sort", sort), ("search", search)) if given is not None):
+        raise ConfigError(f"{name} is for the list of all runs, and {few(names)} would be compared", field=name)
     found = [_with_entries(store.find(name)) for name in dict.fromkeys(names)]
     if all(record.status == UNREADABLE for record, _ in found):
         raise _cannot_be_read(found[0][0])
@@ -168,6 +176,20 @@ def rename_run(ctx: SessionContext, name: str, new: str) -> LineResult:
     """
     _store(ctx).rename(name, new)
     return LineResult(f"renamed run {name} to {new}")
+
+
+def note_run(ctx: SessionContext, name: str, note: str) -> LineResult:
+    """Write a note on a run that has ended, in place of the one that it has.
+
+    Args:
+        name: name of the run.
+        note: the note, which is kept as one line; an empty one removes it.
+
+    Raises:
+        CheckpointError: there is no such run, it is still running, or the note is too long.
+    """
+    _store(ctx).note(name, note)
+    return LineResult(f"the note on run {name} is saved" if note.strip() else f"run {name} has no note")
 
 
 def delete_run(ctx: SessionContext, name: str) -> LineResult:

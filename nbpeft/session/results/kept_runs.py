@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
@@ -97,24 +97,41 @@ class RunsResult(Result):
         place: the folder of the runs, relative to the working directory if it is inside.
         records: the runs, in display order.
         curves: the first curve of each one's headline; empty if they were not read.
+        search: the words that were searched; empty if all runs are listed.
     """
 
     place: str
     records: tuple[RunRecord, ...]
     curves: tuple[Curve, ...] = ()
+    search: str = ""
+
+    def matching(self, search: str) -> RunsResult:
+        """Returns the runs that have each of some words in their name, adapter, model, status, note or settings."""
+        found = [place for place, record in enumerate(self.records) if record.matches(search)]
+        curves = tuple(self.curves[place] for place in found) if self.curves else ()
+        return replace(self, records=tuple(self.records[place] for place in found), curves=curves, search=search)
+
+    def sorted(self, sort: str) -> RunsResult:
+        """Returns the runs in another order; see ``sorted_records``."""
+        order = {record.name: place for place, record in enumerate(self.records)}
+        records = sorted_records(self.records, sort)
+        curves = tuple(self.curves[order[record.name]] for record in records) if self.curves else ()
+        return replace(self, records=records, curves=curves)
 
     def __str__(self) -> str:
         from nbpeft.display.text import columns
 
         if not self.records:
-            return f"there is no run in {self.place} yet"
+            none = f"there is no run in {self.place} yet"
+            return f"no run in {self.place} matches {self.search!r}" if self.search else none
         rows = [tuple(_flat(cell) for cell in row) for row in (self._titles(), *self.rows())]
         listed = f"{plural(len(self.records), 'run')} in {self.about}\n{columns(rows)}"
         return "\n".join((listed, *why_unreadable(self.records)))
 
     def view(self) -> Card:
         if not self.records:
-            return card("Runs", line(dim("There is no run yet: every training adds one.")), aside=self.place)
+            none = f"No run matches {self.search}." if self.search else "There is no run yet: every training adds one."
+            return card("Runs", line(dim(none)), aside=self.place)
         why = [line(dim(words)) for words in why_unreadable(self.records)]
         table = Table(self._titles(), tuple(self.rows()))
         return Card(plural(len(self.records), "run"), (table, *why), self.about, wide=True)
@@ -122,6 +139,8 @@ class RunsResult(Result):
     @property
     def about(self) -> str:
         """The folder, and the main settings that all runs have in common."""
+        if not self.records:
+            return self.place
         first, *_ = readable = [record for record in self.records if record.status != UNREADABLE] or self.records
         common = [name for name in _MAIN if name in first.settings and name not in differing(readable)]
         words = [f"{_setting(first, name)}{' rows' * (name == ROWS)}" for name in common]
@@ -266,6 +285,7 @@ class RunsComparison(Result):
             ("best step", lambda record: NONE if record.best_step is None else f"{record.best_step:,}"),
             *((f"{name} at best step", partial(_metric, name=name)) for name in metric_names(self.records)),
             ("time", lambda record: clock(record.seconds)),
+            *([("note", lambda record: record.note or NONE)] if any(record.note for record in self.records) else []),
         ]
         results = [(name, *map(cell, self.records)) for name, cell in cells]
         others = {name: values for name, values in self.differing.items() if name not in (*_MAIN, "peft_type")}
@@ -363,7 +383,8 @@ def _judged(record: RunRecord) -> float | None:
 
 def _name(record: RunRecord) -> Cell:
     name = Text(record.name, "bold", tooltip=str(from_here(Path(record.path))), wrap="names")
-    return name if record.status == UNREADABLE else (name, dim(_origin(record)))
+    about = () if record.status == UNREADABLE else (dim(_origin(record)),)
+    return (name, *about, *([Text(record.note, wrap="words")] if record.note else []))
 
 
 def _status(record: RunRecord) -> Cell:
