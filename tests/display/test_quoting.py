@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -51,11 +50,10 @@ def test_a_page_has_no_overrides_of_the_direction_and_no_lone_surrogates() -> No
     assert escape(marks) == marks
 
 
-def test_a_long_text_without_spaces_takes_no_longer_than_its_length() -> None:
-    started = time.perf_counter()
-    for text in ("\u6f22" * 200_000, "a" * 200_000, "\u05e9 " * 50_000 + "a" * 100_000):
+def test_a_long_text_without_spaces_is_isolated() -> None:
+    """A pattern that backtracks would take days for a million letters."""
+    for text in ("\u6f22" * 1_000_000, "a" * 1_000_000, "\u05e9 " * 50_000 + "a" * 1_000_000):
         assert isolated(text).replace("<bdi>", "").replace("</bdi>", "") == text
-    assert time.perf_counter() - started < 10
 
 
 @dataclass(frozen=True, repr=False)

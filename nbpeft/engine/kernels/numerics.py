@@ -91,10 +91,14 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
         x: the layer's input; autocast is looked up for its device.
         weight: a parameter of the adapter.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return autocast_dtype(x.device.type) or weight.dtype
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device; None if it is off, and on ``meta``, where torch does not tell."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 _ONEDNN_ASKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -128,7 +132,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
     If it is off nothing is entered, which is faster and leaves no state that an interruption could keep.
     """
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 def summed(scalars: Iterable[Tensor]) -> Tensor | None:

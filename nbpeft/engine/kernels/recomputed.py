@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.kernels.numerics import composes
+from nbpeft.engine.kernels.numerics import autocast_dtype, composes
 
 _ORIGIN = "_nbpeft_origin"
 """Attribute of a tensor that can be computed again; its value is an ``Origin``."""
@@ -50,7 +50,7 @@ class Recomputation:
         self._function, self._pointwise = function, pointwise
         self._readers = self._read = 0
         self._device_type = inputs[0].device.type
-        self._autocast = _autocast_dtype(self._device_type)
+        self._autocast = autocast_dtype(self._device_type)
         self._needed = tuple(tensor.requires_grad for tensor in inputs)
         self._output: Tensor | None = None
         self._graph: tuple[list[Tensor], Any] | None = None
@@ -140,7 +140,7 @@ class Recomputation:
 
     def _as_before(self) -> AbstractContextManager[Any]:
         """Context manager: autocast as in the forward pass; backward usually runs outside of its block."""
-        if self._autocast == _autocast_dtype(self._device_type):
+        if self._autocast == autocast_dtype(self._device_type):
             return nullcontext()
         return torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None)
 
@@ -246,8 +246,3 @@ def detached(tensor: Tensor) -> Tensor:
     if origin is not None:
         setattr(part, _ORIGIN, Origin(origin.recomputation, origin.inputs, part._version))
     return part
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast on a device; None if it is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nbpeft.engine.kernels.numerics import fits, without_autocast
+from nbpeft.engine.kernels.numerics import autocast_dtype, fits, without_autocast
 from nbpeft.engine.methods.lora.autograd import (
     Factors,
     as_rows,
@@ -69,7 +69,7 @@ def _total(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], KeepMask | None]:
     """The output, A x, A and B as they were multiplied by, and the mask."""
     lora_A, lora_B, scaling = factors
-    casts = torch.is_autocast_enabled(x.device.type)
+    casts = autocast_dtype(x.device.type) is not None
     with without_autocast(x.device.type):
         wide, keep, down, up = x.to(dtype), None, lora_A.to(dtype), lora_B.to(dtype)
         x = wide if casts else x

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbpeft.engine.kernels.numerics import add_delta, compute_dtype
+from nbpeft.engine.kernels.numerics import add_delta, autocast_dtype, compute_dtype
 from nbpeft.engine.kernels.recomputed import origin_of
 from nbpeft.engine.methods.lora.autograd import Factors, as_rows, lean_product, takes_pieces
 from nbpeft.engine.methods.lora.launches import in_few_launches
@@ -96,7 +96,7 @@ def adapted_linear(
     if not together or trained or probability >= 1.0:
         return None
     in_launches = launches_count(device)
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device.type) is not None:
         if not in_launches or torch.float64 in (x.dtype, weight.dtype):  # which autocast leaves alone
             return None
     elif not alike:
