@@ -206,20 +206,28 @@ class Processes:
         return any(process.poll() is None for process in self._running)
 
     def failure(self) -> Failure | None:
-        """The first failure, on any host; None if no process failed."""
-        failed = {number: code for number, process in enumerate(self._running) if (code := process.poll())}
-        if not failed and not Failure.all_in(self.folder):
+        """The failure that caused the others, on any host; None if no process failed.
+
+        A process that was killed reports nothing, and the others report that their connection to it was lost. So it
+        comes before the first report; but a process that aborts may do so because it lost a connection.
+        """
+        if not self._failed() and not Failure.all_in(self.folder):
             return None
         time.sleep(0.2)  # the process that failed first may still be writing its report
-        reports = Failure.all_in(self.folder)
-        if reports:
+        reports, failed = Failure.all_in(self.folder), self._failed()
+        killed = {number: code for number, code in failed.items() if code < 0 and code != -signal.SIGABRT}
+        if reports and not killed:
             return min(reports, key=lambda found: found.time)
-        number, code = next(iter(failed.items()))
+        number, code = next(iter((killed or failed).items()))
         how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         rank = self._first + number
         log = self.folder / f"process-{rank}.log"
         why = " (out of memory?)" if code == -signal.SIGKILL else _last_line(log)
         return Failure(rank, "", how + why, time.time())
+
+    def _failed(self) -> dict[int, int]:
+        """The exit statuses of this host's processes that have failed, by their numbers."""
+        return {number: code for number, process in enumerate(self._running) if (code := process.poll())}
 
     def end(self, grace: float = _GRACE) -> None:
         """Ends the running processes: with SIGTERM, and after ``grace`` seconds with SIGKILL.

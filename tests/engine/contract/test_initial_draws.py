@@ -73,8 +73,9 @@ def check_alike(make: Callable[[], Any], config: str, fields: dict[str, Any], **
     assert keys and all(key.endswith(("randlora_A", "randlora_B", ".zeros")) for key in theirs.keys() - ours.keys())
     from_weight = fields.get("init_lora_weights") == "olora"
     for key in keys:
-        if "adamss_A" in key:
-            assert_approximates(ours[key], theirs[key], SINGULAR_VECTORS, message=key)
+        if "adamss_A" in key:  # equal singular values leave open which directions span their space
+            (own, other) = (tensors[key].T @ tensors[key] for tensors in (ours, theirs))
+            assert_approximates(own, other, SINGULAR_VECTORS, message=key)
             continue
         alike = assert_close if from_weight or any(part in key for part in COMPUTED) else assert_same
         alike(ours[key], theirs[key], message=key)

@@ -193,11 +193,20 @@ def test_a_process_that_is_killed_is_named_with_its_signal(tmp_path: Path, monke
         os.kill(processes._running[1].pid, signal.SIGKILL)
         processes._running[1].wait()
         failure = processes.failure()
+        Failure(0, "RuntimeError", "Connection closed by peer", 1.0).write(tmp_path)
+        assert processes.failure().message == failure.message, "the cause, not what followed from it"
     assert failure.rank == 1 and failure.message == "was killed by signal SIGKILL (out of memory?)"
     assert not processes.running
-    Failure(0, "TrainingError", "first", 1.0).write(tmp_path)
-    Failure(1, "ValueError", "second", 2.0).write(tmp_path)
-    assert processes.failure().message == "first"
+
+
+def test_a_process_that_aborts_follows_the_first_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started_as(monkeypatch, {"0": "import os; os.kill(os.getpid(), 6)", "1": "raise SystemExit(1)"})
+    with Processes(tmp_path, Launch(2), address="127.0.0.1", port=1) as processes:
+        for process in processes._running:
+            process.wait()
+        Failure(0, "TrainingError", "second", 2.0).write(tmp_path)
+        Failure(1, "ValueError", "first", 1.0).write(tmp_path)
+        assert processes.failure().message == "first"
 
 
 def started_as(monkeypatch: pytest.MonkeyPatch, scripts: dict[str, str]) -> None:
