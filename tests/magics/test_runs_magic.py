@@ -245,11 +245,12 @@ def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, pla
     assert [record.name for record in bare.do("%lora runs --search low").records] == ["sql-1"]
     assert "a low rate" in str(bare.do("%lora runs sql-1 sql-2"))
     for line, told in (
-        ("--rename sql-1 slow --delete sql-2", "--delete changes one run and lists none: leave out --rename"),
+        ("--rename sql-1 slow --delete sql-2", "--delete is used alone: leave out --rename"),
         (
             "sql-2 --note sql-1 x --sort name",
-            "--note changes one run and lists none: leave out runs to compare, --sort",
+            "--note is used alone: leave out --sort, runs to compare",
         ),
+        ("sql-2 --folder elsewhere", "--folder is used alone: leave out runs to compare"),
         ("sql-1 sql-2 --sort name", "sort is for the list of all runs"),
     ):
         assert told in bare.run(f"%lora runs {line}").line

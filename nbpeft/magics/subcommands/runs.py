@@ -188,8 +188,7 @@ def _undefined(facts: Mapping[str, Any], missing: Sequence[str], notebook: Noteb
 def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
     """List, compare, rename, annotate or delete runs."""
     session = notebook.session
-    changes = {"--delete": options.delete, "--rename": options.rename, "--note": options.note}
-    _refuse_beside(options, [name for name, given in changes.items() if given is not None])
+    _refuse_beside(options)
     if options.folder is not None and session.runs_folder(options.folder) is None:
         return Notice("no runs are saved from now on")
     if options.delete is not None:
@@ -207,12 +206,14 @@ def runs(options: argparse.Namespace, notebook: NotebookContext) -> object:
     return listed
 
 
-def _refuse_beside(options: argparse.Namespace, changes: Sequence[str]) -> None:
-    """Refuse what a change of one run would leave unused: a second change, and anything about the list."""
-    others = {"runs to compare": options.names, "--sort": options.sort, "--search": options.search}
-    unused = [*changes[1:], *(name for name, given in others.items() if given)]
-    if changes and unused:
-        raise CellError(f"{changes[0]} changes one run and lists none: leave out {few(unused, quoted=False)}")
+def _refuse_beside(options: argparse.Namespace) -> None:
+    """Refuse anything beside a change: it would be left unused, or fail after the change."""
+    changes, others = ("delete", "rename", "note", "folder"), ("sort", "search")
+    changed = [f"--{name}" for name in changes if getattr(options, name) is not None]
+    beside = [*changed[1:], *(f"--{name}" for name in others if getattr(options, name) is not None)]
+    beside += ["runs to compare"] if options.names else []
+    if changed and beside:
+        raise CellError(f"{changed[0]} is used alone: leave out {few(beside, quoted=False)}")
 
 
 class _ListWithPanel(RunsResult):
