@@ -13,7 +13,6 @@ from nbpeft.display.blocks import Block, Stack, Text, dim, line
 from nbpeft.display.html import grid_row, head, span, to_html
 from nbpeft.display.numbers import plural
 from nbpeft.errors import few
-from nbpeft.runs.record import RunRecord
 from nbpeft.session.results.kept_runs import SORTS, Column, RunsComparison, RunsResult, why_unreadable
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
@@ -184,7 +183,7 @@ class _Parts:
         self._more.layout.display = None if count > limit else "none"
         hints = [*why_unreadable(found.records), *([_HINT] if count and len(selected) < 2 else [])]
         self._hint.value = "".join(to_html(line(dim(words))) for words in hints)
-        self._changes.draw([record for record in listed.records if record.name in selected])
+        self._changes.draw({record.name: record.note for record in listed.records if record.name in selected})
 
     def _draw_titles(self, columns: tuple[Column, ...], sort: str) -> str:
         """Shows the titles of the columns, which a click sorts by; returns their CSS widths."""
@@ -224,7 +223,7 @@ class _Changes:
         from nbpeft.widgets import controls as parts
 
         self._command = command
-        self._records: list[RunRecord] = []
+        self._notes: dict[str, str] = {}
         self._name = parts.labelled("Name", ipywidgets.Text(), 220)
         self._note = parts.labelled("Note", ipywidgets.Text(placeholder="what this run was for"), 300)
         parts.on_enter(self._name, weakly(self._renamed))
@@ -243,20 +242,20 @@ class _Changes:
         self.box = ipywidgets.VBox([parts.settings_row(*self._fields, self._ask), self._sure])
         self.box.layout.display = "none"
 
-    def draw(self, selected: list[RunRecord]) -> None:
-        """Shows what can be done with the selected runs; what is typed stays until the selection changes."""
-        if selected == self._records:
+    def draw(self, notes: dict[str, str]) -> None:
+        """Shows the changes possible to the selected runs, each with its note; typed text stays until these change."""
+        if notes == self._notes:
             return
-        self._records = selected
+        self._notes = notes
         self._close()
-        self.box.layout.display = None if selected else "none"
+        self.box.layout.display = None if notes else "none"
         for field in self._fields:
-            field.layout.display = None if len(selected) == 1 else "none"
-        if len(selected) == 1:
-            self._name.value, self._note.value = selected[0].name, selected[0].note
+            field.layout.display = None if len(notes) == 1 else "none"
+        if len(notes) == 1:
+            ((self._name.value, self._note.value),) = notes.items()
 
     def _asked(self) -> None:
-        names = few([record.name for record in self._records], quoted=False)
+        names = few(list(self._notes), quoted=False)
         words = f"Delete {names} with all checkpoints? The adapters on the model stay."
         self._question.value = span(Text(words, wrap="words"))
         self._ask.layout.display, self._sure.layout.display = "none", None
