@@ -326,10 +326,19 @@ class TrainState:
 
     @property
     def figures(self) -> dict[str, float]:
-        """The last value of each curve of the headline, as far as there is one."""
-        last = {name: curve[-1][1] for name, curve in self.series.items() if curve}
-        last |= {} if self.loss is None else {"loss": self.loss}
+        """The last value of each curve of the headline, as far as there is one; in a sweep of the best adapter."""
+        return self.figures_of(self.best_member)
+
+    def figures_of(self, member: MemberState | None) -> dict[str, float]:
+        """Returns the last value of each curve of the headline, as far as there is one, of an adapter of a sweep."""
+        loss = self.loss if member is None else member.smoothed_loss
+        last = {name: curve[-1][1] for name in self.headline if (curve := self.curve(name, member))}
+        last |= {} if loss is None else {"loss": loss}
         return {name: last[name] for name in self.headline if name in last}
+
+    def curve(self, name: str, member: MemberState | None) -> Curve:
+        """Returns a curve of the objective, of an adapter of a sweep."""
+        return self.series.get(name if member is None else f"{name}/{member.name}", ())
 
     @property
     def best_member(self) -> MemberState | None:

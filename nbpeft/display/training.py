@@ -145,9 +145,9 @@ def _charted(train: TrainState) -> str:
     return "loss" if "loss" in train.headline else train.headline[0]
 
 
-def headline_words(train: TrainState) -> list[str]:
-    """Returns the figures by which a run is judged, other than its losses, e.g. ``reward 0.412``."""
-    return [f"{name} {numbers.metric(value)}" for name, value in train.figures.items() if name != "loss"]
+def headline_words(train: TrainState, member: MemberState | None) -> list[str]:
+    """Returns the figures by which a run or an adapter of a sweep is judged, other than losses: ``reward 0.412``."""
+    return [f"{name} {numbers.metric(value)}" for name, value in train.figures_of(member).items() if name != "loss"]
 
 
 def _scores(train: TrainState) -> Block | None:
@@ -304,10 +304,12 @@ def _rewarded(train: TrainState) -> tuple[Block, ...]:
 
 def _headline(train: TrainState) -> Iterator[Figure]:
     """Yields the figures by which the run is judged, other than its losses, with the first ones."""
+    best = train.best_member
     for name, last in train.figures.items():
         if name != "loss":
-            step, first = train.series[name][0]
-            yield Figure(name, numbers.metric(last), f"{numbers.metric(first)} at step {step:,}", 84)
+            step, first = train.curve(name, best)[0]
+            title = name if best is None else f"{name} of the best"
+            yield Figure(title, numbers.metric(last), f"{numbers.metric(first)} at step {step:,}", 84)
 
 
 def _with_base(sample: Sample, adapter: str) -> Columns:
@@ -362,7 +364,9 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
     fields = tuple(dict.fromkeys(field for member in train.members for field in member.settings))
     evaluated = any(member.eval_loss is not None for member in train.members)
     metrics = tuple(dict.fromkeys(name for member in train.members for name in member.metrics))
-    head = ("Adapter", *fields, "loss", *(("eval loss",) if evaluated else ()), *metrics, "gradient norm", "")
+    judged = tuple(dict.fromkeys(name for member in train.members for name in train.figures_of(member)))
+    judged = tuple(name for name in judged if name != "loss")
+    head = ("Adapter", *fields, *judged, "loss", *(("eval loss",) if evaluated else ()), *metrics, "gradient norm", "")
     rows: list[tuple[str, tuple[Span, ...]]] = []
     for place, member in ranked:
         figures = [member.smoothed_loss, *([member.eval_loss] if evaluated else [])]
@@ -372,6 +376,7 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
         cells: tuple[Span, ...] = (
             name,
             *(member.settings.get(field, "") for field in fields),
+            *(_metric(train.figures_of(member).get(name)) for name in judged),
             *map(numbers.loss, figures),
             *(_metric(member.metrics.get(metric)) for metric in metrics),
             _metric(member.gradient_norm),
@@ -379,7 +384,7 @@ def member_rows(train: TrainState) -> tuple[tuple[str, ...], list[tuple[str, tup
         )
         rows.append((member.name, cells))
     figures_from = 1 + len(fields)
-    return head, rows, range(figures_from, figures_from + 2 + evaluated + len(metrics))
+    return head, rows, range(figures_from, figures_from + 2 + evaluated + len(judged) + len(metrics))
 
 
 def _metric(value: float | None) -> str:
@@ -418,9 +423,11 @@ def training_text(train: TrainState, *, seen: str = "", brief: bool = False) -> 
     """
     total = f"/{train.total_steps}" if train.total_steps else ""
     status = f"last seen {seen}" if seen and train.status not in ENDED else status_message(train)
-    parts = [f"{status}: step {train.step}{total}"]
-    parts += headline_words(train)
-    losses = (("loss", train.loss), ("eval loss", train.eval_loss)) if "loss" in train.headline else ()
+    parts, best = [f"{status}: step {train.step}{total}"], train.best_member
+    parts += [] if best is None else [f"best {best.name}"]
+    parts += headline_words(train, best)
+    loss, evaluated = (train.loss, train.eval_loss) if best is None else (best.smoothed_loss, best.eval_loss)
+    losses = (("loss", loss), ("eval loss", evaluated)) if "loss" in train.headline else ()
     parts += [f"{name} {numbers.loss(value)}" for name, value in losses if value is not None]
     parts += [f"{name} {numbers.metric(value)}" for name, value in _metrics(train).items()]
     if train.tokens_per_second is not None:

@@ -78,7 +78,7 @@ class TrainResult(Shown):
         )
         noun = "step" if (self.total_steps or self.steps) == 1 else "steps"
         parts = [f"{self.adapter or 'model'} {self.status}", f"{steps} {noun}", _duration(self.seconds)]
-        parts += headline_words(self.state)
+        parts += headline_words(self.state, None)
         tells = "loss" in self.state.headline
         if tells and self.loss is not None:
             mean = f" (mean {numbers.loss(self.train_loss)})" if self.train_loss is not None else ""

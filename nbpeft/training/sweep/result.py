@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from nbpeft.display import numbers
 from nbpeft.display.blocks import Block, Stack
-from nbpeft.display.training import members_table
+from nbpeft.display.training import headline_words, members_table
 from nbpeft.state import MemberState
 from nbpeft.training.monitor.result import TrainResult
 
@@ -47,7 +47,11 @@ class SweepResult(TrainResult):
         return Stack((first, members_table(self.state))) if self.shown != "card" else first
 
     def _parts(self, *, message: bool = True) -> list[str]:
-        shown = [f"{member.name} ({_figure(member)})" for member in self.members if self.best in (member.name, "")]
+        shown = [
+            f"{member.name} ({', '.join((*headline_words(self.state, member), _figure(member)))})"
+            for member in self.members
+            if self.best in (member.name, "")
+        ]
         _, *others = super()._parts(message=message)
         of_all = ("loss ", "eval loss ", *(f"{name} " for name in self.state.metrics))
         parts = [part for part in others if not part.startswith(of_all)]

@@ -19,6 +19,8 @@ import nbpeft
 from nbpeft import LoraConfig
 from nbpeft.checkpoint import fingerprint
 from nbpeft.checkpoint.tensor_file import write_tensors
+from nbpeft.display.numbers import metric
+from nbpeft.display.training import member_rows, training_text
 from nbpeft.errors import CheckpointError, ConfigError, NbpeftError, TrainingError
 from nbpeft.sweeps import combinations, sweep
 from nbpeft.training import RunControl
@@ -289,6 +291,17 @@ def test_the_adapters_of_a_sweep_have_the_curves_that_each_has_alone() -> None:
         assert name not in result.state.series
         for adapter, own in alone.items():
             assert_close(dict(result.state.series[f"{name}/{adapter}"]), dict(own.state.series[name]))
+
+
+def test_a_sweep_is_judged_by_the_figures_of_its_best_adapter() -> None:
+    result = nbpeft.train(filled(new()), ROWS, reference="base", **FIELDS | {"learning_rate": sweep(1e-2, 3e-2)})
+    state = result.state
+    margin = state.series[f"rewards/margins/{result.best}"][-1][1]
+    assert state.figures["rewards/margins"] == margin and state.figures["loss"] == state.best_member.smoothed_loss
+    assert f"best {result.best} (rewards/margins {metric(margin)}, " in str(result)
+    assert f"best {result.best} · rewards/margins {metric(margin)} · " in training_text(state)
+    head, rows, _ = member_rows(state)
+    assert dict(zip(head, dict(rows)[result.best], strict=True))["rewards/margins"] == metric(margin)
 
 
 def test_the_adapters_of_a_sweep_have_the_losses_that_each_has_alone() -> None:
