@@ -306,7 +306,7 @@ class ModelRegistry:
 
     def known(self) -> tuple[TrackedModel, ...]:
         """Returns the models, including deleted ones that were not noticed yet, but without unloaded ones."""
-        return tuple(tracked for tracked in self._models.values() if tracked.alive or tracked.is_gone)
+        return tuple(tracked for tracked in list(self._models.values()) if tracked.alive or tracked.is_gone)
 
     def all(self) -> tuple[TrackedModel, ...]:
         """Returns the models that still exist."""
@@ -385,7 +385,7 @@ class ModelRegistry:
             tracked.name, tracked.before = name, tracked in before
             if not tracked.before:
                 tracked.variable = name
-        self._models = {tracked.name: tracked for tracked in self._models.values()}
+        self._models = {tracked.name: tracked for tracked in list(self._models.values())}
 
     def find(self, model: object) -> TrackedModel | None:
         """Return a tracked model by the model, its base model or its manager; None if it is not tracked."""
