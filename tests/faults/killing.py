@@ -9,7 +9,9 @@ import builtins
 import io
 import os
 import signal
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,24 +58,28 @@ def forked(act: Callable[[], object], *, kill_after: float | None = None) -> boo
         act: what; it may kill its own process.
         kill_after: seconds after which it is killed, or None.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            act()
-            code = 0
-        finally:
-            os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    code = _ended(child)
-    assert code in (0, -signal.SIGKILL), f"the write ended with {code}"
+    with tempfile.TemporaryFile() as output:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                act()
+                code = 0
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(code)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        code = _ended(child)
+        output.seek(0)
+        written = output.read().decode(errors="replace")
+    assert code in (0, -signal.SIGKILL), f"the write ended with {code}:\n{written}"
     return code == -signal.SIGKILL
 
 

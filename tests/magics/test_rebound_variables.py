@@ -333,6 +333,7 @@ def test_a_panel_says_it(trained: Notebook) -> None:
 
     panel: Any = AdaptersPanel(trained.session, "model", ui="widgets")
     assert panel.widget is not None
+    panel._live.join()  # while its thread measures the model, the model exists
     trained["model"] = llama()
     panel._command("use", "sql")
     said = panel._parts.message._text.value
