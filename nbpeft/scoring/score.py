@@ -14,7 +14,7 @@ from torch import nn
 from nbpeft._util.former_names import refusing_former_names
 from nbpeft.checkpoint import PromptFormat, common_format, prompt_format
 from nbpeft.display.numbers import plural
-from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import check_has_data, manager_of
 from nbpeft.errors import CheckpointError, ConfigError, TrainingError, check_bool, few
 from nbpeft.model.from_data.observing import progress as progress_bar
 from nbpeft.scoring.answers import GivenAnswer, answer_rows, default_limit, only_the_start_counts
@@ -142,7 +142,7 @@ def score(
     Raises:
         ConfigError: an argument is invalid, or a metric does not fit the model.
         TrainingError: the rows cannot be read, or a metric fails on all rows of the first batch.
-        AdapterError: there is no such adapter, or nothing to score.
+        AdapterError: there is no such adapter, nothing to score, or the model has no data.
     """
     for argument, value in (("include_base", include_base), ("general", general), ("progress", progress)):
         check_bool(argument, value)
@@ -150,6 +150,7 @@ def score(
         if not general or held_out is not None:
             raise ConfigError("data is missing: pass rows with references, or general=True for a general text")
         data, general, metric = _general_rows(), False, "loss" if metric in (None, "exact", ["exact"]) else metric
+    check_has_data(model)
     compared = AnswerSettings(strip, casefold, pattern, tolerance)
     settings = ScoreSettings(max_new_tokens, batch_size, seed, temperature, top_p)
     metrics = metrics_of(usual_metric(model) if metric is None else metric, compared)

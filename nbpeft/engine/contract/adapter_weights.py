@@ -118,7 +118,8 @@ def _all_copied(tensors: Mapping[str, Tensor], device: str | None) -> dict[str, 
 
 
 def _copied(tensor: Tensor, device: str | None) -> Tensor:
-    return tensor.detach().to(device or tensor.device, copy=True)
+    # A tensor on the meta device has nothing to copy.
+    return tensor.detach().to(tensor.device if device is None or tensor.is_meta else device, copy=True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nbpeft.engine.changes.called_modules import outside
 from nbpeft.engine.config.targets import names_part
+from nbpeft.engine.contract.base import offloading
 from nbpeft.engine.contract.registry import composite_kind, resolve_backend
 from nbpeft.engine.kernels.quantized_matrices import QuantizedMatrices
 from nbpeft.engine.kernels.storage import is_packed
@@ -21,7 +22,7 @@ from nbpeft.engine.layer_kinds.parameter import ParameterView
 from nbpeft.engine.wrappers.block import AdaptedBlock
 from nbpeft.engine.wrappers.layer import AdaptedLayer
 from nbpeft.engine.wrappers.modules_to_save import ModulesToSaveWrapper
-from nbpeft.errors import ConfigError, did_you_mean
+from nbpeft.errors import AdapterError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from nbpeft.engine.runtime.manager import AdapterManager
@@ -149,6 +150,19 @@ def bare_modules(model: nn.Module, *, repeat: bool = False) -> Iterator[tuple[st
     """Yields (path, module) as ``named_modules`` would without adapters, the model itself included; see ``walk``."""
     yield "", frozen_module(model)
     yield from ((site.path, site.module) for site in walk(frozen_module(model), repeat=repeat))
+
+
+def check_has_data(model: nn.Module) -> None:
+    """Refuses a model that was created on the meta device, without values; offloaded weights have values elsewhere.
+
+    Raises:
+        AdapterError: a parameter of the base model has no data.
+    """
+    if any(map(offloading, model.modules())):
+        return
+    for path, module in bare_modules(base_model_of(model)):
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise AdapterError(f"{path or 'the model'} has no data (meta device): load the model's weights first")
 
 
 def bare_names(model: nn.Module) -> Callable[[str], str | None]:

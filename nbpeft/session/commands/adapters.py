@@ -322,8 +322,10 @@ def load(
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or belongs to another base.
         AdapterExistsError: the name is taken.
+        AdapterError: the model has no data (meta device).
     """
     from nbpeft.checkpoint import reading_token
+    from nbpeft.engine.tree.model_tree import check_has_data
     from nbpeft.model import PeftModel
 
     place, revision = _revision_in(place_of(source, "load"), revision)
@@ -341,11 +343,12 @@ def load(
             )
 
         tracked = ctx.find(model, variable, command="load")
+        bare = uncompiled(model)
+        check_has_data(bare if tracked is None else tracked.model)  # on the meta device the values would be lost
         if tracked is not None:
             _load_another(ctx, tracked, place, chosen, trainable=trainable, replace=replace, hub=hub)
             ctx.changed = True
             return loaded(tracked)
-        bare = uncompiled(model)
         handle = PeftModel.from_pretrained(bare, place, adapter_name=chosen, is_trainable=trainable, **hub)
         with _unloaded_on_failure(handle):
             tracked = ctx.models.new(variable, handle)

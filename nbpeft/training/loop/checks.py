@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from nbpeft.display.numbers import count, plural
-from nbpeft.engine.tree.model_tree import manager_of
+from nbpeft.engine.tree.model_tree import check_has_data, manager_of
 from nbpeft.errors import ConfigError, TrainingError, with_article
 from nbpeft.model.saving import files
 from nbpeft.training.adapters.adapted_model import active_names, base_of, is_adapted, trainable
@@ -84,6 +84,7 @@ def _check_model(model: nn.Module, adapter: str | None) -> None:
         )
     if not is_adapted(model):
         raise TrainingError(f"{type(model).__name__} has no adapters: add one first, then train.")
+    check_has_data(model)
     manager: Any = getattr(model, "manager", None)
     if adapter is not None:
         if manager is None:

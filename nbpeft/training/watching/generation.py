@@ -244,9 +244,9 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
         ``generate_batch``.
 
     Raises:
-        AdapterError: the model cannot generate text, or does not accept these options.
+        AdapterError: the model cannot generate text, has no data, or does not accept these options.
     """
-    from nbpeft.engine.tree.model_tree import manager_of
+    from nbpeft.engine.tree.model_tree import check_has_data, manager_of
     from nbpeft.model.handle.serving import serving_rows
 
     manager = manager_of(model)
@@ -256,6 +256,7 @@ def generate_tokens(model: Any, batch: PromptBatch, request: GenerationRequest) 
             f"a {type(base).__name__} cannot answer prompts: it has no generate() "
             "(session.score(data=…) scores a classifier)"
         )
+    check_has_data(base)
     two_halves = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     inputs, names = batch.inputs(_input_device(base), left=not two_halves), request.rows
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.max_new_tokens, **request.options}
