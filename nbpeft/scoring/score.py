@@ -103,8 +103,8 @@ def score(
         adapters: names of the adapters to score, ``a+b`` for the sum of two; None for all.
         include_base: whether to score the base model, too.
         held_out: numbers of the rows to score, 0 for the first: the ``held_out`` of a training's result; None for all.
-        max_new_tokens: limit of an answer; by default the longest reference, or 256 for metrics for which the
-            reference may come later in the answer.
+        max_new_tokens: limit of an answer; by default 8 tokens more than the longest reference (16 with ``strip``), or
+            256 for metrics for which the reference may come later in the answer.
         batch_size: rows that are answered together by the base and all adapters; at least 8 by default.
         seed: seed of the bootstrap, of permutations and of sampled answers.
         strip: whether white space at both ends of answers and references is ignored.

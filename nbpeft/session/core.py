@@ -92,8 +92,9 @@ class Session:
     A model is identified by the name of its variable and referenced weakly. Every command with an argument ``model``
     accepts that name, the model itself, or None for the only model that has adapters; None is refused if there are
     several. When the model used last is unloaded or deleted, the only remaining one is used instead, with a note;
-    merging and unloading require its name then. A command that fails leaves model, session and disk unchanged. A
-    command raises ``BusyError`` immediately while another thread runs one.
+    merging and unloading require its name then. A command that fails leaves model, session and disk unchanged; only a
+    training that fails after its first step keeps what it learned until then. A command raises ``BusyError``
+    immediately while another thread runs one.
     """
 
     def __init__(self) -> None:

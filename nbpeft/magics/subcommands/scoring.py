@@ -74,7 +74,8 @@ from nbpeft.names import METRICS
     argument("--batch-size", type=positive, metavar="N", help="rows that are answered together by all adapters"),
     answer_limit(
         None,
-        "maximum length of an answer in tokens (default: the longest reference for exact and startswith, else 256)",
+        "maximum length of an answer in tokens (default: for exact and startswith the longest reference plus 8, or 16 "
+        "with --strip; else 256)",
     ),
     *SAMPLING,
     argument(

@@ -66,7 +66,7 @@ One process, in this environment:            python SCRIPT
 All GPUs of a machine:                       accelerate launch SCRIPT
 
 The batch size counts for each process. The adapter is saved in the output_dir of ARGUMENTS. States are saved in RUNS,
-about once a minute; a script that was killed continues from the last one when it is started again.
+every ten seconds to once a minute; a script that was killed continues from the last one when it is started again.
 """
 
 import os
