@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbpeft.checkpoint.staging import probe_lock
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.record import differing
@@ -118,6 +120,22 @@ def test_a_run_that_is_written_is_running_for_everybody(store: RunStore) -> None
     folder.close()
     store.delete("sql-1")
     assert os.listdir(store.place) == [".gitignore"]
+
+
+def test_who_only_asks_whether_a_run_is_running_is_no_training(store: RunStore) -> None:
+    name = made(store, status="running")
+    probe = probe_lock(store.place / name)
+    assert probe is not None
+    assert store.find(name).record().status == "crashed"
+    asked = threading.Timer(0.05, os.close, [probe])
+    asked.start()
+    training = store.find(name)
+    training.open()  # waits until nobody asks
+    asked.join()
+    assert store.find(name).record().status == "running"
+    with pytest.raises(CheckpointError, match="still running"):
+        store.find(name).open()
+    training.close()
 
 
 def test_renaming(store: RunStore) -> None:
