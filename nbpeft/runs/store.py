@@ -42,10 +42,10 @@ class RunStore:
 
         Args:
             unseen: takes, by name, the error of each folder of which cannot be said whether it is a run; without it,
-                these are skipped, and a folder of runs that cannot be read is empty.
+                these are skipped.
 
         Raises:
-            CheckpointError: with ``unseen``, the folder of the runs cannot be read.
+            CheckpointError: the folder of the runs cannot be read.
         """
         found = [folder.record() for folder in self._folders(unseen)]
         return sorted(found, key=lambda record: (-record.started, record.name))
@@ -199,14 +199,14 @@ class RunStore:
             unseen: receives the errors of folders that may or may not be runs, by name.
 
         Raises:
-            CheckpointError: the folder of the runs cannot be read; without ``unseen`` there are no runs then.
+            CheckpointError: the folder of the runs cannot be read; one that does not exist has no runs.
         """
         try:
             names = sorted(name for name in os.listdir(self.place) if not name.startswith("."))
-        except OSError as error:
-            if unseen is not None and not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise CheckpointError(f"{shown(self.place)} cannot be read: {error.strerror}") from None
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise CheckpointError(f"the runs folder {shown(self.place)} cannot be read: {error.strerror}") from None
         for name in names:
             try:
                 os.lstat(self.place / name / FACTS)

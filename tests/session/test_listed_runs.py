@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 
 import nbpeft
 from nbpeft.display.next_steps import next_steps
-from nbpeft.errors import CheckpointNotFoundError, ConfigError
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from nbpeft.session.results.kept_runs import RunsComparison
-from tests.runs.killed import ARGUMENTS, adapted_session, rows
+from tests.runs.killed import ARGUMENTS, adapted_session, rows, session_in
 from tests.training.support import token_rows
 
 
@@ -164,3 +166,23 @@ def test_renaming_and_deleting(tmp_path: Path) -> None:
     assert str(session.note_run("best", "")) == "run best has no note"
     assert str(session.delete_run("best")) == "deleted run best"
     assert session.runs().records == ()
+
+
+def denied(path: object) -> list[str]:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("why", ["Not a directory", "Permission denied"])
+def test_a_runs_folder_that_cannot_be_read_is_not_told_as_empty(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_in(tmp_path / "runs")
+    if why == "Not a directory":
+        (tmp_path / "runs").write_text("a file")
+    else:
+        monkeypatch.setattr(os, "listdir", denied)
+    told = f"^the runs folder {re.escape(str(tmp_path / 'runs'))} cannot be read: {why}$"
+    for act in (session.runs, session.find_run, session.kept_run, session.resume, lambda: session.delete_run("sql-1")):
+        with pytest.raises(CheckpointError, match=told):
+            act()
+    assert session.run_names() == ()

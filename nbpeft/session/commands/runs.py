@@ -109,7 +109,7 @@ def runs(
 
     Raises:
         CheckpointNotFoundError: there is no such run.
-        CheckpointError: none of the runs to compare can be read.
+        CheckpointError: the folder of the runs cannot be read, or none of the runs to compare.
         ConfigError: the sort order is unknown, or an order or a search is given for runs to compare.
     """
     from nbpeft.runs.record import UNREADABLE, curve_of
@@ -217,7 +217,7 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
 
     Raises:
         CheckpointNotFoundError: there is no such run.
-        CheckpointError: it cannot be read.
+        CheckpointError: it, or the folder of the runs, cannot be read.
     """
     from nbpeft.runs.record import UNREADABLE
 
@@ -281,6 +281,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
     Raises:
         CheckpointNotFoundError: there is no such run, or it has no checkpoint; or the last training here left none.
+        CheckpointError: the folder of the runs cannot be read.
         TrainingError: it is still running.
     """
     from nbpeft.runs.record import UNREADABLE
