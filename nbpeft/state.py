@@ -323,6 +323,13 @@ class TrainState:
     """The rows to score it on."""
     headline: tuple[str, ...] = ("loss",)
     """The curves by which it is judged, as its objective names them; without ``loss`` where that says nothing."""
+    adapters: tuple[str, ...] = ()
+    """The adapters, where they are several; ``adapter`` then has their names as text."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained adapters."""
+        return self.adapters or ((self.adapter,) if self.adapter else ())
 
     @property
     def figures(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ class RunRecord:
     Attributes:
         name: name of its folder.
         path: path of its folder.
-        adapter: names of the trained adapters, separated by ``", "``.
+        adapter: names of the trained adapters, as text.
         model: name of the notebook variable of the model, or the empty string.
         status: ``running``, ``finished``, ``stopped``, ``failed``, ``crashed`` (its process is gone) or ``unreadable``.
         step: number of optimizer steps done.
@@ -59,6 +59,7 @@ class RunRecord:
         metrics: the last scores and values of ``compute_metrics``, by name; ``with_best_metrics`` has the best step's.
         headline: the last value of each curve by which it is judged, see ``TrainState``; None before the first one.
         note: a remark of the user's on it, on one line.
+        adapters: names of the trained adapters.
     """
 
     name: str
@@ -82,16 +83,12 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     headline: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     note: str = ""
+    adapters: tuple[str, ...] = ()
 
     @property
     def at(self) -> str:
         """``step 40 of 60``."""
         return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the trained adapters."""
-        return tuple(self.adapter.split(", "))
 
     def matches(self, words: str) -> bool:
         """Returns whether each word occurs in its name, adapter, model, status, note or settings, in any case."""
@@ -118,7 +115,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
     known = {field.name: facts[field.name] for field in fields(RunRecord) if facts.get(field.name) is not None}
     own: dict[str, Any] = {"name": name, "path": path, "model": facts.get("model") or ""}
     own |= {"kept_steps": tuple(kept_steps), "message": one_line(facts.get("message") or "")}
-    own |= {"note": one_line(facts.get("note") or "")}
+    own |= {"note": one_line(facts.get("note") or ""), "adapters": tuple(facts.get("adapters") or [facts["adapter"]])}
     own |= {"status": CRASHED} if facts["status"] == "running" and not running else {}
     metrics = facts.get("metrics") or {}
     headline = facts.get("headline") or {"loss": facts.get("loss")}
@@ -266,6 +263,7 @@ _TEXTS = (
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
+    "adapters": (_is_list_of(_is_name(_LONGEST_TEXT)), "a list of names"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
     **dict.fromkeys(("message", "note"), (lambda value: isinstance(value, str), "a string")),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),

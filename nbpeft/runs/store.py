@@ -148,7 +148,7 @@ class RunStore:
             run = self.find(name)
             with _locked(run):
                 facts, record = run.facts(), run.record()
-                known = adapter if adapter in record.adapters else record.adapter
+                known = record.adapters[0] if len(record.adapters) == 1 else adapter
                 if known in record.adapters:
                     saved = {**record.saved, known: os.path.abspath(folder)}
                     files = {**record.saved_files, known: _weights_file(folder)}

@@ -292,7 +292,7 @@ def test_a_copy_of_which_nothing_but_its_folder_is_known_is_none(store: RunStore
 
 
 def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_path: Path) -> None:
-    name = with_state(store, made(store, adapter="a, b"), 4000)
+    name = with_state(store, made(store, adapter="a, b", adapters=["a", "b"]), 4000)
     made(store, started=1.0)
     write_adapter(tmp_path)
     for adapter, left in (("a", (3,)), ("unknown", (3,)), ("b", ())):
@@ -300,6 +300,17 @@ def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_pa
         store.tidy(most_bytes=1)
         assert kept_steps(store)[name] == left
     store.mark_saved("none", "a", tmp_path)  # never an error: the adapter is saved
+
+
+def test_an_adapter_may_have_a_comma_in_its_name(store: RunStore, tmp_path: Path) -> None:
+    name = with_state(store, made(store, adapter="a, b", adapters=["a, b"]), 4000)
+    made(store, started=1.0)
+    write_adapter(tmp_path)
+    store.mark_saved(name, "a, b", tmp_path)
+    record = store.find(name).record()
+    assert record.adapters == ("a, b",) and record.saved == {"a, b": str(tmp_path)}
+    store.tidy(most_bytes=1)
+    assert kept_steps(store)[name] == ()
 
 
 def test_which_settings_differ(store: RunStore) -> None:

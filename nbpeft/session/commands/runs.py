@@ -251,6 +251,7 @@ def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
     return TrainState(
         run_id=record.name,
         adapter=record.adapter,
+        adapters=record.adapters if len(record.adapters) > 1 else (),
         status=status,
         step=record.step,
         total_steps=record.total_steps,
@@ -314,7 +315,7 @@ def _refuse_another(ctx: SessionContext, newest: RunRecord) -> None:
         if train is None or train.status not in ("failed", "stopped") or train.step > train.first_step:
             continue
         kept = bool(train.folder) and is_there(Path(train.folder))
-        if not kept and {*train.adapter.split(", ")}.isdisjoint(newest.adapters):
+        if not kept and {*train.names}.isdisjoint(newest.adapters):
             raise CheckpointNotFoundError(
                 f"the training of {train.adapter} {train.status} before its first step, and nothing of it is kept: "
                 f"train again. The newest run is of {few(newest.adapters)}: session.resume({newest.name!r})"

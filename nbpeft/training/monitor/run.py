@@ -86,6 +86,7 @@ class Run:
         ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
+        adapters: The names of its adapters; a sweep that clones one adds to them.
         entered: Whether the run is inside its ``with`` block.
         shown: How a front end shows the run, if it does: then warnings are part of its message and not emitted.
         interrupted: Whether an interrupt ended it.
@@ -128,7 +129,7 @@ class Run:
             raise ConfigError(f"total_steps must be a number of steps or None, not {total_steps!r}")
         self.control = control if control is not None else RunControl()
         self.run_id = uuid.uuid4().hex[:8]
-        self.adapter = ", ".join(trained_names(model)) if adapter is None else adapter
+        self.adapters = trained_names(model) if adapter is None else (adapter,)
         self.total_steps = total_steps
         self._model = weakref.ref(model)
         self._publish_to = publish
@@ -168,6 +169,11 @@ class Run:
         self._end_watching: Callable[[], None] = lambda: None
         self._record = Record()
         self._published_at = float("-inf")
+
+    @property
+    def adapter(self) -> str:
+        """The names of its adapters, as text."""
+        return ", ".join(self.adapters)
 
     # What the loop calls
 
@@ -701,6 +707,7 @@ class Run:
         return TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
+            adapters=self.adapters if len(self.adapters) > 1 else (),
             status=self._status_now(),
             step=record.step,
             total_steps=self.total_steps,

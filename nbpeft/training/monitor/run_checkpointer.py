@@ -526,6 +526,7 @@ def _summary(state: TrainState) -> dict[str, Any]:
     status = state.status if state.status in ("finished", "stopped", "failed") else "running"
     return {
         "adapter": state.adapter,
+        "adapters": list(state.names),
         "status": status,
         "step": state.step,
         "total_steps": state.total_steps,
