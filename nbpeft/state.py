@@ -317,6 +317,8 @@ class TrainState:
     samples: tuple[Sample, ...] = ()
     folder: str = ""
     """Folder in which the run is recorded, or the empty string."""
+    kept_id: str = ""
+    """Id of the run in that folder, which stays when it is renamed; the empty string without one."""
     members: tuple[MemberState, ...] = ()
     """The adapters of a sweep; the figures above then refer to all of them."""
     rows: NamedRows = NamedRows()

@@ -60,6 +60,7 @@ class RunRecord:
         headline: the last value of each curve by which it is judged, see ``TrainState``; None before the first one.
         note: a remark of the user's on it, on one line.
         adapters: names of the trained adapters.
+        id: random text that stays when it is renamed, and that no later run of its name has; empty if unreadable.
     """
 
     name: str
@@ -84,6 +85,7 @@ class RunRecord:
     headline: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     note: str = ""
     adapters: tuple[str, ...] = ()
+    id: str = ""
 
     @property
     def at(self) -> str:
@@ -127,6 +129,18 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
 def one_line(text: str) -> str:
     """Returns a text on one line, without control characters."""
     return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
+
+
+def words_of_run(run_id: str, name: str) -> str:
+    """Returns a run of a session as text.
+
+    Args:
+        run_id: its id; empty if it was not saved.
+        name: its present name; empty if it is not in the runs folder.
+    """
+    if name:
+        return f"run {name}"
+    return "a run that is no longer in the runs folder" if run_id else "a run that was not saved"
 
 
 def unreadable(name: str, path: str, why: str) -> RunRecord:
@@ -264,6 +278,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
     "adapters": (_is_list_of(_is_name(_LONGEST_TEXT)), "a list of names"),
+    "id": (_is_name(_LONGEST_NAME), "the id of a run"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
     **dict.fromkeys(("message", "note"), (lambda value: isinstance(value, str), "a string")),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),

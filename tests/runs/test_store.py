@@ -22,9 +22,9 @@ from tests.faults.killing import die, forked
 
 
 def made(store: RunStore, adapter: str = "sql", *, status: str = "finished", started: float = 0.0, **more: Any) -> str:
-    """A run that has ended, or whose process has."""
+    """A run that has ended, or whose process has; its id is its first name."""
     folder = store.create(adapter)
-    folder.write({"adapter": adapter, "status": status, "started": started, **more})
+    folder.write({"id": folder.name, "adapter": adapter, "status": status, "started": started, **more})
     folder.close()
     return folder.name
 
@@ -152,6 +152,37 @@ def test_renaming(store: RunStore) -> None:
             store.rename("best.of-all", new)
     with pytest.raises(CheckpointNotFoundError, match=r"no run is called 'sql-3' in .*Did you mean 'sql-2'"):
         store.rename("sql-3", "x")
+
+
+def test_a_name_that_another_run_has_by_now_is_refused(store: RunStore, tmp_path: Path) -> None:
+    former = store.find(made(store, id="former")).record()
+    store.rename("sql-1", "best", former.id)
+    made(store, id="new")
+    before = store.find("sql-1").record()
+    told = "^the list is out of date: sql-1 is another run now; list the runs again$"
+    for act in (
+        lambda: store.delete("sql-1", former.id),
+        lambda: store.rename("sql-1", "x", former.id),
+        lambda: store.note("sql-1", "x", former.id),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            act()
+    store.mark_saved(former.id, "sql", tmp_path)
+    assert store.find("sql-1").record() == before
+    renamed = store.with_id(former.id)
+    assert renamed is not None and renamed.name == "best" and renamed.record().saved == {"sql": str(tmp_path)}
+    store.delete("best", former.id)
+    assert store.with_id(former.id) is None
+    store.mark_saved(former.id, "sql", tmp_path)
+    assert store.records() == [before]
+
+
+def test_a_run_that_cannot_be_read_is_deleted_as_it_was_listed(store: RunStore) -> None:
+    (store.place / made(store) / "run.json").write_text("{")
+    (record,) = store.records()
+    assert (record.status, record.id) == ("unreadable", "")
+    store.delete(record.name, record.id)
+    assert store.records() == []
 
 
 def test_a_note_stays_with_its_run(store: RunStore) -> None:

@@ -607,7 +607,7 @@ def test_where_an_adapter_was_saved_is_noted_with_its_run(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_is_saved_nowhere(broken: Path) -> None:
-    RunStore(broken).mark_saved("sql-1", "sql", broken)
+    RunStore(broken).mark_saved(RunStore(broken).records()[0].id, "sql", broken)
     assert RunStore(broken).records()[0].saved == {"sql": str(broken)}
     resumed(broken)
     assert RunStore(broken).records()[0].saved == RunStore(broken).records()[0].saved_files == {}
