@@ -92,6 +92,11 @@ class RunRecord:
         """``step 40 of 60``."""
         return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name and id: another run may get its name."""
+        return self.name, self.id
+
     def matches(self, words: str) -> bool:
         """Returns whether each word occurs in its name, adapter, model, status, note or settings, in any case."""
         settings = (f"{name} {value}" for name, value in self.settings.items())

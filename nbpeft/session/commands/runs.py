@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
         entries = [] if record.status == UNREADABLE else folder.entries()
         return with_best_metrics(record, entries), entries
     except CheckpointError as error:
-        return unreadable(record.name, record.path, error.message), []
+        return replace(unreadable(record.name, record.path, error.message), id=record.id), []
 
 
 def _cannot_be_read(record: RunRecord) -> CheckpointError:
