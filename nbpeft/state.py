@@ -317,12 +317,21 @@ class TrainState:
     samples: tuple[Sample, ...] = ()
     folder: str = ""
     """Folder in which the run is recorded, or the empty string."""
+    kept_id: str = ""
+    """Id of the run in that folder, which stays when it is renamed; the empty string without one."""
     members: tuple[MemberState, ...] = ()
     """The adapters of a sweep; the figures above then refer to all of them."""
     rows: NamedRows = NamedRows()
     """The rows to score it on."""
     headline: tuple[str, ...] = ("loss",)
     """The curves by which it is judged, as its objective names them; without ``loss`` where that says nothing."""
+    adapters: tuple[str, ...] = ()
+    """The adapters, where they are several; ``adapter`` then has their names as text."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the trained adapters."""
+        return self.adapters or ((self.adapter,) if self.adapter else ())
 
     @property
     def figures(self) -> dict[str, float]:

@@ -52,6 +52,8 @@ _MOST_MOVES = 2**24
 """Largest size in bytes of the log of pending renames."""
 _STALE_SECONDS = 86_400.0
 _TRIES = 5
+_LONGEST_PROBE = 1.0
+"""The most seconds for which locking a folder waits while others only ask whether it is locked."""
 
 Mark = tuple[int, int]
 """Size in bytes and modification time in ns of a file, which identify it."""
@@ -237,7 +239,7 @@ def _sweep_one(folder: Path, entry: str, finish: bool) -> bool:
 def _is_locked(path: Path) -> bool:
     """Returns whether a live process uses a staging folder."""
     try:
-        lock = lock_folder(path)
+        lock = probe_lock(path)
     except BlockingIOError:
         return True
     if lock is not None:
@@ -356,7 +358,7 @@ def _noted_moves(folder: Path, entry: str) -> dict[str, Mark]:
 
 
 def lock_folder(path: Path) -> int | None:
-    """Locks a folder without waiting.
+    """Locks a folder without waiting for another lock; ``probe_lock`` holds it up for a moment only.
 
     Returns:
         A descriptor; closing it releases the lock. None if folders cannot be locked here, or it is not a folder.
@@ -366,6 +368,34 @@ def lock_folder(path: Path) -> int | None:
         FileNotFoundError: the folder was removed.
         OSError: the folder cannot be looked at.
     """
+    until = time.monotonic() + _LONGEST_PROBE
+    while True:
+        try:
+            return _lock(path, shared=False)
+        except BlockingIOError:
+            probe = probe_lock(path)  # raises the error, unless only probes are in the way
+            if probe is not None:
+                os.close(probe)
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.001)
+
+
+def probe_lock(path: Path) -> int | None:
+    """Finds out whether a folder is locked, with a shared lock: several processes may do it at once.
+
+    Returns:
+        A descriptor, which has to be closed at once. None if folders cannot be locked here, or it is not a folder.
+
+    Raises:
+        BlockingIOError: another process or thread has locked the folder.
+        FileNotFoundError: the folder was removed.
+        OSError: the folder cannot be looked at.
+    """
+    return _lock(path, shared=True)
+
+
+def _lock(path: Path, *, shared: bool) -> int | None:
     if fcntl is None:
         return None
     try:
@@ -376,7 +406,7 @@ def lock_folder(path: Path) -> int | None:
         raise
     locked = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         locked = True
         if os.path.samestat(os.fstat(handle), os.lstat(path)):
             return handle

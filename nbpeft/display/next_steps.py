@@ -52,7 +52,7 @@ class NextSteps:
 def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextSteps | None:
     """Returns what to do with the adapter that a run has trained; None if it still runs, or has no adapter."""
     best = train.best_member
-    names = tuple(name for name in (train.adapter if best is None else best.name).split(", ") if name)
+    names = train.names if best is None else (best.name,)
     if train.status not in ENDED or not names:
         return None
     run = PurePath(train.folder).name if train.folder else ""
@@ -66,7 +66,7 @@ def next_steps(train: TrainState, state: SessionState, model_name: str) -> NextS
     if len(found) < len(names):
         where = f"{', '.join(names)} is not on the model {model_name}." if model_name else ""
         return NextSteps(None, where, (("Restore", resume),) if run else ())
-    if last is not None and last.run_id != train.run_id and {*last.adapter.split(", ")} & {*names}:
+    if last is not None and last.run_id != train.run_id and {*last.names} & {*names}:
         return NextSteps(None, f"{', '.join(names)} was trained further in a later run.")
     if model is not None and (gone := [name for name in names if name in model.replaced]):
         back = (*(("Restore", f"%lora delete {name}") for name in gone), ("then", resume)) if run else ()

@@ -16,7 +16,7 @@ import psutil
 from nbpeft.checkpoint import inside
 from nbpeft.checkpoint.atomic import NewFile, disk_errors, replace_files
 from nbpeft.checkpoint.inside import shown
-from nbpeft.checkpoint.staging import lock_folder, sweep
+from nbpeft.checkpoint.staging import lock_folder, probe_lock, sweep
 from nbpeft.errors import CheckpointError
 from nbpeft.jsonable import as_json
 from nbpeft.runs.record import (
@@ -90,7 +90,7 @@ class RunFolder:
         if self._lock is not None:
             return True
         try:
-            handle = lock_folder(self.path)
+            handle = probe_lock(self.path)
         except BlockingIOError:
             return True
         except OSError:

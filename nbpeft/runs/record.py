@@ -40,7 +40,7 @@ class RunRecord:
     Attributes:
         name: name of its folder.
         path: path of its folder.
-        adapter: names of the trained adapters, separated by ``", "``.
+        adapter: names of the trained adapters, as text.
         model: name of the notebook variable of the model, or the empty string.
         status: ``running``, ``finished``, ``stopped``, ``failed``, ``crashed`` (its process is gone) or ``unreadable``.
         step: number of optimizer steps done.
@@ -59,6 +59,8 @@ class RunRecord:
         metrics: the last scores and values of ``compute_metrics``, by name; ``with_best_metrics`` has the best step's.
         headline: the last value of each curve by which it is judged, see ``TrainState``; None before the first one.
         note: a remark of the user's on it, on one line.
+        adapters: names of the trained adapters.
+        id: random text that stays when it is renamed, and that no later run of its name has; empty if unreadable.
     """
 
     name: str
@@ -82,6 +84,8 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
     headline: Mapping[str, float | None] = field(default_factory=dict, hash=False)
     note: str = ""
+    adapters: tuple[str, ...] = ()
+    id: str = ""
 
     @property
     def at(self) -> str:
@@ -89,9 +93,9 @@ class RunRecord:
         return f"step {self.step:,}" + (f" of {self.total_steps:,}" if self.total_steps else "")
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the trained adapters."""
-        return tuple(self.adapter.split(", "))
+    def key(self) -> tuple[str, str]:
+        """Its name and id: another run may get its name."""
+        return self.name, self.id
 
     def matches(self, words: str) -> bool:
         """Returns whether each word occurs in its name, adapter, model, status, note or settings, in any case."""
@@ -118,7 +122,7 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
     known = {field.name: facts[field.name] for field in fields(RunRecord) if facts.get(field.name) is not None}
     own: dict[str, Any] = {"name": name, "path": path, "model": facts.get("model") or ""}
     own |= {"kept_steps": tuple(kept_steps), "message": one_line(facts.get("message") or "")}
-    own |= {"note": one_line(facts.get("note") or "")}
+    own |= {"note": one_line(facts.get("note") or ""), "adapters": tuple(facts.get("adapters") or [facts["adapter"]])}
     own |= {"status": CRASHED} if facts["status"] == "running" and not running else {}
     metrics = facts.get("metrics") or {}
     headline = facts.get("headline") or {"loss": facts.get("loss")}
@@ -130,6 +134,18 @@ def record_of(name: str, path: str, facts: Mapping[str, Any], *, running: bool, 
 def one_line(text: str) -> str:
     """Returns a text on one line, without control characters."""
     return in_one_line("".join(letter if letter.isprintable() else " " for letter in shortened(text, _LONGEST_TEXT)))
+
+
+def words_of_run(run_id: str, name: str) -> str:
+    """Returns a run of a session as text.
+
+    Args:
+        run_id: its id; empty if it was not saved.
+        name: its present name; empty if it is not in the runs folder.
+    """
+    if name:
+        return f"run {name}"
+    return "a run that is no longer in the runs folder" if run_id else "a run that was not saved"
 
 
 def unreadable(name: str, path: str, why: str) -> RunRecord:
@@ -266,6 +282,8 @@ _TEXTS = (
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
     "adapter": (_is_name(_LONGEST_TEXT), "names of adapters"),
+    "adapters": (_is_list_of(_is_name(_LONGEST_TEXT)), "a list of names"),
+    "id": (_is_name(_LONGEST_NAME), "the id of a run"),
     "model": (_is_name(_LONGEST_NAME), "the name of a variable"),
     **dict.fromkeys(("message", "note"), (lambda value: isinstance(value, str), "a string")),
     "host": (_is_name(_LONGEST_TEXT), "the name of a host"),

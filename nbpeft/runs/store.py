@@ -42,10 +42,10 @@ class RunStore:
 
         Args:
             unseen: takes, by name, the error of each folder of which cannot be said whether it is a run; without it,
-                these are skipped, and a folder of runs that cannot be read is empty.
+                these are skipped.
 
         Raises:
-            CheckpointError: with ``unseen``, the folder of the runs cannot be read.
+            CheckpointError: the folder of the runs cannot be read.
         """
         found = [folder.record() for folder in self._folders(unseen)]
         return sorted(found, key=lambda record: (-record.started, record.name))
@@ -91,16 +91,23 @@ class RunStore:
             raise CheckpointNotFoundError(f"no run is called {name!r:.60} in {shown(self.place)}.{hint}", name=name)
         return names[name]
 
-    def rename(self, name: str, new: str) -> None:
+    def with_id(self, run_id: str) -> RunFolder | None:
+        """Returns the run of an id, whatever its name is now; None if there is none, or it cannot be read."""
+        with contextlib.suppress(CheckpointError):
+            return next((folder for folder in self._folders() if run_id and _id_of(folder) == run_id), None)
+        return None
+
+    def rename(self, name: str, new: str, run_id: str | None = None) -> None:
         """Renames a run.
 
         Args:
             name: current name of the run.
             new: its new name.
+            run_id: the run's id, if another run of its name must not be renamed.
 
         Raises:
             CheckpointNotFoundError: there is no such run.
-            CheckpointError: the new name is taken or invalid, or the run is still running.
+            CheckpointError: the new name is taken or invalid, or the run is still running or another one.
         """
         folder = self.find(name)
         if not _NAME.fullmatch(new):
@@ -109,46 +116,58 @@ class RunStore:
             )
         if is_there(self.place / new):
             raise CheckpointError(f"a run called {new!r} already exists")
-        with disk_errors(self.place), _locked(folder):
+        with disk_errors(self.place), _locked(folder, run_id):
             os.rename(folder.path, self.place / new)
             flush_folder(self.place)
 
-    def note(self, name: str, text: str) -> None:
+    def note(self, name: str, text: str, run_id: str | None = None) -> None:
         """Writes a note on a run, in place of the one that it has; an empty text removes it.
+
+        Args:
+            name: name of the run.
+            text: the note.
+            run_id: see ``rename``.
 
         Raises:
             CheckpointNotFoundError: there is no such run.
-            CheckpointError: the run is still running or cannot be read or written, or the text is too long.
+            CheckpointError: the run is still running or another one, or cannot be read or written, or the text is too
+                long.
         """
         folder = self.find(name)
         if len(text) > LONGEST_NOTE:
             raise CheckpointError(f"a note has at most {LONGEST_NOTE:,} characters, and this one {len(text):,}")
-        with disk_errors(self.place), _locked(folder):
+        with disk_errors(self.place), _locked(folder, run_id):
             folder.write({**folder.facts(), "note": one_line(text)})
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, run_id: str | None = None) -> None:
         """Deletes a run with its checkpoints.
-
-        Raises:
-            CheckpointError: there is no such run, or it is still running.
-        """
-        folder = self.find(name)
-        with disk_errors(self.place), _locked(folder):
-            self._remove(folder.path.name)
-
-    def mark_saved(self, name: str, adapter: str, folder: str | os.PathLike[str]) -> None:
-        """Records where an adapter of an ended run was saved, so that its last checkpoint may be cleaned up.
 
         Args:
             name: name of the run.
+            run_id: see ``rename``.
+
+        Raises:
+            CheckpointError: there is no such run, or it is still running or another one.
+        """
+        folder = self.find(name)
+        with disk_errors(self.place), _locked(folder, run_id):
+            self._remove(folder.path.name)
+
+    def mark_saved(self, run_id: str, adapter: str, folder: str | os.PathLike[str]) -> None:
+        """Records where an adapter of an ended run was saved, so that its last checkpoint may be cleaned up.
+
+        Args:
+            run_id: id of the run; nothing is recorded if it was deleted.
             adapter: current name of the adapter. In a run that trained several, it must be the name it had then.
             folder: folder in which it was saved.
         """
         with contextlib.suppress(CheckpointError, OSError):  # saving must not fail because of this record
-            run = self.find(name)
+            run = self.with_id(run_id)
+            if run is None:
+                return
             with _locked(run):
                 facts, record = run.facts(), run.record()
-                known = adapter if adapter in record.adapters else record.adapter
+                known = record.adapters[0] if len(record.adapters) == 1 else adapter
                 if known in record.adapters:
                     saved = {**record.saved, known: os.path.abspath(folder)}
                     files = {**record.saved_files, known: _weights_file(folder)}
@@ -199,14 +218,14 @@ class RunStore:
             unseen: receives the errors of folders that may or may not be runs, by name.
 
         Raises:
-            CheckpointError: the folder of the runs cannot be read; without ``unseen`` there are no runs then.
+            CheckpointError: the folder of the runs cannot be read; one that does not exist has no runs.
         """
         try:
             names = sorted(name for name in os.listdir(self.place) if not name.startswith("."))
-        except OSError as error:
-            if unseen is not None and not isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise CheckpointError(f"{shown(self.place)} cannot be read: {error.strerror}") from None
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise CheckpointError(f"the runs folder {shown(self.place)} cannot be read: {error.strerror}") from None
         for name in names:
             try:
                 os.lstat(self.place / name / FACTS)
@@ -229,6 +248,14 @@ class RunStore:
     def _remove(self, name: str) -> None:
         sweep(self.place)
         discard(self.place, [name])
+
+
+def _id_of(folder: RunFolder) -> str:
+    """Returns the id of a run; empty if it cannot be read."""
+    try:
+        return str(folder.facts().get("id") or "")
+    except CheckpointError:
+        return ""
 
 
 def _holds_the_only_copy(record: RunRecord) -> bool:
@@ -297,10 +324,12 @@ class RunPlace:
 
 
 @contextlib.contextmanager
-def _locked(folder: RunFolder) -> Iterator[None]:
-    """Locks a run while it is renamed, changed or removed."""
+def _locked(folder: RunFolder, run_id: str | None = None) -> Iterator[None]:
+    """Locks a run while it is renamed, changed or removed; refuses another one than that of an id."""
     folder.open()
     try:
+        if run_id is not None and folder.record().id != run_id:
+            raise CheckpointError(f"the list is out of date: {folder.name} is another run now; list the runs again")
         yield
     finally:
         folder.close()

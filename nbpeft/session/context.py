@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nbpeft.engine.contract.adapter import AdapterConfig
+    from nbpeft.runs.folder import RunFolder
     from nbpeft.session.background import BackgroundTraining
     from nbpeft.training import Run, TrainResult
     from nbpeft.training.watching.generation import Conversation
@@ -74,7 +75,9 @@ class SessionContext:
     def __init__(self) -> None:
         self.lock = CommandLock()
         self.models, self.history = ModelRegistry(self._model_changed), History()
-        self.variables = Variables(self.models, self.history, self.publish, lambda: bool(self.lock.depth), self.has_run)
+        self.variables = Variables(
+            self.models, self.history, self.publish, lambda: bool(self.lock.depth), self.run_with_adapter
+        )
         self.models.watcher = self.variables
         self.subscribers, self.run_subscribers = Subscribers(), Subscribers()
         self.runs: dict[TrackedModel | None, Run] = {}
@@ -207,12 +210,21 @@ class SessionContext:
         )
         return None if is_off(chosen) else Path(self.home, os.path.expanduser(chosen))
 
-    def has_run(self, name: str) -> bool:
-        """Return whether a run with this name is saved with an adapter."""
-        from nbpeft.runs.folder import RunFolder
+    def run_name(self, run_id: str) -> str:
+        """Return the present name of a run; empty if it is not in the folder for runs."""
+        run = self._run(run_id)
+        return "" if run is None else run.name
 
-        folder = self.runs_folder
-        return bool(name) and folder is not None and bool(RunFolder(folder / name).kept_steps())
+    def run_with_adapter(self, run_id: str) -> str:
+        """Return the same of a run that is saved with an adapter."""
+        run = self._run(run_id)
+        return "" if run is None or not run.record().kept_steps else run.name
+
+    def _run(self, run_id: str) -> RunFolder | None:
+        from nbpeft.runs.store import RunStore
+
+        place = self.runs_folder
+        return None if place is None or not run_id else RunStore(place).with_id(run_id)
 
     def result(self, tracked: TrackedModel, line: str, notes: list[str]) -> CommandResult:
         """Return the result of a command that only reports one line."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from nbpeft._util.former_names import former_function, refuse_former_names
 from nbpeft.confidential import masked
-from nbpeft.errors import error_as_json
+from nbpeft.errors import CheckpointError, error_as_json
 from nbpeft.names import COMBINATION_TYPES
 from nbpeft.session.commands import (
     adapters,
@@ -328,9 +328,12 @@ class Session:
         return method_names() if "torch" in sys.modules else ()
 
     def run_names(self) -> tuple[str, ...]:
-        """Return the names of the runs on disk, for completion; empty before torch is imported."""
+        """Return the names of the runs on disk, for completion; empty before torch is imported, or if unreadable."""
         place = run_place(self.context) if "torch" in sys.modules else None
-        return () if place is None else tuple(record.name for record in place.store.records())
+        try:
+            return () if place is None else tuple(record.name for record in place.store.records())
+        except CheckpointError:
+            return ()
 
     def combination_types(self, adapters: Iterable[str] = ()) -> tuple[str, ...]:
         """Return combination types for completion: those of the given adapters, or else those of LoRA."""

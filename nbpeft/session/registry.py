@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ class TrackedModel:
         training_call: the arguments of that run, if ``train`` started it.
         requested: adapter name -> its config, and the fields with which it was requested.
         written: adapter name -> names of the fields that the user wrote, also those with their default values.
-        trained_steps: adapter name -> its config, the last step of the run that last trained it, and that run's name.
+        trained_steps: adapter name -> its config, the last step of the run that last trained it, and that run's id.
         earlier_steps: the same of the run before that, whose weights it continued from; 0 for new weights.
         unlearned: adapter name -> its config, and which rows of its training's data it has not learned, if known.
         scored: adapter name -> its config, the step and run that last trained it, and its last score, for its card.
@@ -86,7 +85,7 @@ class TrackedModel:
         return fields if config is present else meaning(present)
 
     def steps_of(self, names: Iterable[str]) -> tuple[int, str]:
-        """Returns the last step of the run that last trained adapters since they were added or loaded, and its name."""
+        """Returns the last step of the run that last trained adapters since they were added or loaded, and its id."""
         configs = [config for name in names if (config := self.manager.configs.get(name)) is not None]
         found = [item for item in self.trained_steps.values() if any(item[0] is config for config in configs)]
         return max(((steps, run) for _, steps, run in found), default=(0, ""))
@@ -123,7 +122,7 @@ class TrackedModel:
                 continue
             known = self.trained_steps.items()
             self.trained_steps = {other: item for other, item in known if item[0] is not config}  # renamed since
-            last, before = (here, os.path.basename(run.folder)), run.earlier.get(name, (0, ""))
+            last, before = (here, run.kept_id), run.earlier.get(name, (0, ""))
             if here:
                 self.unlearned[name] = config, self._not_learned(name, config, run)
             self.trained_steps[name] = (config, *(last if here else before))
@@ -142,7 +141,7 @@ class TrackedModel:
         return rows if config is self.manager.configs.get(name) and steps == self.steps_of((name,)) else ()
 
     def last_run(self, name: str) -> str:
-        """Returns the run that last trained an adapter; empty if there is none."""
+        """Returns the id of the run that last trained an adapter; empty if there is none, or it was not saved."""
         return self.trained_steps.get(name, (None, 0, ""))[2]
 
     def remembered(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -56,7 +56,7 @@ class SweepPlan:
         return [name for name in made if name in manager.configs and name not in manager.frozen]
 
     def earlier_steps(self, tracked: TrackedModel, name: str) -> tuple[int, str]:
-        """Returns how many steps the initial weights of an adapter were trained, and the run with the last of them."""
+        """Returns how many steps the initial weights of an adapter were trained, and the id of the last run."""
         if not self.origin:
             return tracked.steps_of((name,))
         return tracked.steps_of((self.origin,)) if self.copies else (0, "")
@@ -143,7 +143,7 @@ def remove_former(ctx: SessionContext, tracked: TrackedModel, plan: SweepPlan) -
             manager.remove(past.kept.name)
     if not former:
         return ""
-    runs = list(dict.fromkeys(filter(None, map(tracked.last_run, former))))
+    runs = list(filter(None, map(ctx.run_name, dict.fromkeys(map(tracked.last_run, former)))))
     of_runs = f" of {'run' if len(runs) == 1 else 'runs'} {few(runs, quoted=False)}" if runs else ""
     state = ", trained and not saved: rename the new ones, then undo, to have them back" if unsaved else ""
     return f"replaces {few(former, MOST, quoted=False)}{of_runs}{state}"

@@ -38,10 +38,10 @@ class Variables:
         history: History,
         publish: Callable[[], None],
         is_busy: Callable[[], bool],
-        has_run: Callable[[str], bool],
+        run_name: Callable[[str], str],
     ) -> None:
         self._models, self._history, self._publish = models, history, publish
-        self._is_busy, self._has_run = is_busy, has_run
+        self._is_busy, self._run_name = is_busy, run_name
         self._mapping: Mapping[str, object] | None = None
         self._notices: list[str] = []
         self._looking = threading.Lock()
@@ -188,7 +188,7 @@ class Variables:
             variable=tracked.variable,
             adapters=tuple(adapters),
             fingerprint=tracked.fingerprint,
-            runs={name: run for name in tracked.held if self._has_run(run := tracked.last_run(name))},
+            runs={name: run for name in tracked.held if (run := self._run_name(tracked.last_run(name)))},
             remembered=remembered,
         )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbpeft.display.blocks import Block, Stack, Text, dim, line
 from nbpeft.display.html import grid_row, head, span, to_html
 from nbpeft.display.numbers import plural
-from nbpeft.errors import few
+from nbpeft.errors import CheckpointError, CheckpointNotFoundError, few
 from nbpeft.session.results.kept_runs import SORTS, Column, RunsComparison, RunsResult, why_unreadable
 from nbpeft.widgets.environment import Ui
 from nbpeft.widgets.lifetime import weakly
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MOST = 12
 """Number of runs that are shown at first."""
+_Key = tuple[str, str]
+"""Name and id of a run, see ``RunRecord.key``."""
 _HINT = "Select one run to rename it or to note something, two or more to compare them."
 
 
@@ -49,14 +51,14 @@ class RunsPanel(Panel):
         super().__init__(ui)
         self._session, self._all, self._sort = session, result, sort
         self.result = result.matching(search)
-        self._selected: list[str] = []
+        self._selected: list[_Key] = []
         self._limit = MOST
         self._comparison: RunsComparison | None = None
 
     @property
     def selected(self) -> tuple[str, ...]:
         """Names of the selected runs."""
-        return tuple(self._selected)
+        return tuple(name for name, _ in self._selected)
 
     @property
     def _key(self) -> tuple[int, str]:
@@ -86,8 +88,12 @@ class RunsPanel(Panel):
         elif what == "more":
             self._limit = len(self.result.records)
         elif what == "select":
-            name, wanted = arguments
-            self._select([*(other for other in self._selected if other != name), *([name] if wanted else [])])
+            key, wanted = arguments
+            try:
+                self._select([*(other for other in self._selected if other != key), *([key] if wanted else [])])
+            except CheckpointError:  # a selected one is gone
+                self._list()
+                raise
         else:  # "delete", "rename" or "note"
             told = self._change(what, *arguments)
         self._draw()
@@ -95,44 +101,67 @@ class RunsPanel(Panel):
         return told
 
     def _change(self, what: str, *arguments: str) -> str:
-        """Changes the selected runs and lists all again, even if one of them could not be changed."""
-        session, told = self._session, []
+        """Changes those of the selected runs that can be changed, and lists all again.
+
+        Raises:
+            CheckpointError: some could not be changed; the message says for each run what happened.
+        """
+        session, told, left, failed = self._session, list[str](), list[_Key](), False
         changes: dict[str, Callable[..., object]] = {
             "delete": session.delete_run,
             "rename": session.rename_run,
             "note": session.note_run,
         }
-        after = {"delete": (), "rename": arguments, "note": self._selected}[what]
-        left = list(self._selected)
-        try:
-            for name in self._selected:
-                told.append(str(changes[what](name, *arguments)))
-                left.remove(name)
-        finally:
-            listed = session.runs()
-            assert isinstance(listed, RunsResult)
-            if self._sort not in {column.sort for column in listed.columns()}:  # the setting differs no longer
-                self._sort = SORTS[0]
-            self._show(listed.sorted(self._sort))
-            self._select(left or list(after))
+        for name, run_id in self._selected:
+            try:
+                told.append(str(changes[what](name, *arguments, run_id=run_id)))
+                left.append((arguments[0] if what == "rename" else name, run_id))
+            except CheckpointError as error:
+                gone = isinstance(error, CheckpointNotFoundError)
+                told.append(f"run {name} is gone" if gone else str(error))
+                left.append((name, run_id))
+                failed = True
+        self._selected = left
+        self._list()
+        if failed:
+            raise CheckpointError(" · ".join(told))
         return " · ".join(told)
+
+    def _list(self) -> None:
+        """Lists all runs again; those that are gone, or of which another one has the name now, are not selected."""
+        listed = self._session.runs()
+        assert isinstance(listed, RunsResult)
+        if self._sort not in {column.sort for column in listed.columns()}:  # the setting differs no longer
+            self._sort = SORTS[0]
+        self._show(listed.sorted(self._sort))
+        there = {record.key for record in listed.records}
+        self._select([key for key in self._selected if key in there])
 
     def _show(self, listed: RunsResult, search: str | None = None) -> None:
         self._all = listed
         self.result = listed.matching(self.result.search if search is None else search)
 
-    def _select(self, names: list[str]) -> None:
-        """Selects runs, and compares them if there are several."""
-        self._selected = names
-        compared = self._session.runs(*names) if len(names) > 1 else None
-        self._comparison = compared if isinstance(compared, RunsComparison) else None
+    def _select(self, keys: list[_Key]) -> None:
+        """Selects runs, and compares them if there are several.
+
+        Raises:
+            CheckpointError: one of them is gone, or another run has its name now; or none can be read.
+        """
+        self._selected, self._comparison = keys, None
+        if len(keys) > 1:
+            compared = self._session.runs(*(name for name, _ in keys))
+            assert isinstance(compared, RunsComparison)
+            for (name, _), record in zip(keys, compared.records, strict=True):
+                if record.key not in keys:
+                    raise CheckpointError(f"the list was out of date: {name} is another run now; select it again")
+            self._comparison = compared
 
     def _failed(self) -> None:
         self._draw()
         self._changed()
 
     def _draw(self) -> None:
-        self._parts.draw(self._all, self.result, self._sort, self._limit, self._selected)
+        self._parts.draw(self._all, self.result, self._sort, self._limit, self.selected)
         self._parts.compare(self._comparison)
 
 
@@ -150,7 +179,7 @@ class _Parts:
         self._search.observe(weakly(self._typed), names="value")
         self._searching = parts.settings_row(self._search, margin="0 0 6px 0")
         self._titles: dict[tuple[str, str], Any] = {}
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[_Key, _Row] = {}
         self._grid = ipywidgets.Box([], layout=ipywidgets.Layout())
         self._grid.add_class("nbpeft-runs-grid")
         self._table = ipywidgets.VBox([self._grid])
@@ -166,7 +195,7 @@ class _Parts:
         self.root = parts.panel_root(self._head, self._searching, self._table, *below)
         self.root.add_class("nbpeft-wide")
 
-    def draw(self, listed: RunsResult, found: RunsResult, sort: str, limit: int, selected: list[str]) -> None:
+    def draw(self, listed: RunsResult, found: RunsResult, sort: str, limit: int, selected: tuple[str, ...]) -> None:
         """Shows the first ``limit`` of the runs that were found, and what can be done with the selected ones."""
         from nbpeft.widgets.controls import one_each
 
@@ -175,11 +204,11 @@ class _Parts:
         self._head.value = head(title, dim(listed.about), below=8)
         self._searching.layout.display = None if total > 1 or found.search else "none"
         widths = self._draw_titles(columns, sort)
-        shown = {record.name: record for record in found.records[:limit]}
-        self._rows = one_each(self._table, self._rows, shown, lambda name: _Row(name, self._command))
-        for name, record in shown.items():
+        shown = {record.key: record for record in found.records[:limit]}
+        self._rows = one_each(self._table, self._rows, shown, lambda key: _Row(key, self._command))
+        for key, record in shown.items():
             cells = grid_row(((column.cell(record), "") for column in columns), widths)
-            self._rows[name].draw(cells, on=name in selected)
+            self._rows[key].draw(cells, on=record.name in selected)
         self._more.layout.display = None if count > limit else "none"
         hints = [*why_unreadable(found.records), *([_HINT] if count and len(selected) < 2 else [])]
         self._hint.value = "".join(to_html(line(dim(words))) for words in hints)
@@ -277,14 +306,14 @@ class _Changes:
 class _Row:
     """One run with its check box."""
 
-    def __init__(self, name: str, command: Callable[..., None]) -> None:
+    def __init__(self, key: _Key, command: Callable[..., None]) -> None:
         import ipywidgets
 
         from nbpeft.widgets import controls as parts
 
-        self._name, self._command, self._on = name, command, False
+        self._key, self._command, self._on = key, command, False
         self._box = ipywidgets.Checkbox(
-            description=f"Select {name}", indent=False, layout=ipywidgets.Layout(width="22px", margin="0")
+            description=f"Select {key[0]}", indent=False, layout=ipywidgets.Layout(width="22px", margin="0")
         )
         self._box.add_class("nbpeft-unlabelled")
         self._box.observe(weakly(self._toggled), names="value")
@@ -302,7 +331,7 @@ class _Row:
 
     def _toggled(self) -> None:
         if self._box.value != self._on:
-            self._command("select", self._name, bool(self._box.value))
+            self._command("select", self._key, bool(self._box.value))
 
 
 def _inner(comparison: RunsComparison) -> str:

@@ -401,8 +401,8 @@ class TestWhatFollowsATraining:
             MemberState(name, "finished", 40, eval_loss=loss) for name, loss in (("sql", 2.0), ("pirate", 1.0))
         )
         trained = model(adapters=(adapter("sql", unsaved=True), adapter("pirate", unsaved=True)))
-        swept = following(ended(adapter="sql, pirate", members=members), trained)
-        several = following(ended(adapter="sql, pirate"), trained)
+        swept = following(ended(adapter="sql, pirate", adapters=("sql", "pirate"), members=members), trained)
+        several = following(ended(adapter="sql, pirate", adapters=("sql", "pirate")), trained)
         assert swept is not None and several is not None
         assert dict(swept.commands)["Save"] == "%lora save adapters/pirate --adapter pirate"
         assert several.commands == (
@@ -416,7 +416,7 @@ class TestWhatFollowsATraining:
             ("Ship", "%lora ship pirate --for ollama"),
         )
         own = NamedRows("", True, False, (("sql", "a.csv"), ("pirate", "b.csv --skip-bad")))
-        scores = following(ended(adapter="sql, pirate", rows=own), trained)
+        scores = following(ended(adapter="sql, pirate", adapters=("sql", "pirate"), rows=own), trained)
         assert scores is not None
         assert [command for label, command in scores.commands if label == "Score on its training rows"] == [
             "%lora score sql --data a.csv",

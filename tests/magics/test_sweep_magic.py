@@ -134,7 +134,9 @@ def test_a_sweep_of_an_adapter_that_was_trained_says_so_and_counts_its_steps(
     result = ready.do(TRAIN)
     assert "continues from the weights after step 2 of run sql-1" in result.state.message
     tracked = ready.session.context.models.get("model")
-    assert tracked.steps_of(["sql-lr1e-2"]) == (2, "sql-sweep-1") and tracked.steps_of(["sql"]) == (2, "sql-1")
+    for adapter, run in (("sql-lr1e-2", "sql-sweep-1"), ("sql", "sql-1")):
+        steps, run_id = tracked.steps_of([adapter])
+        assert (steps, ready.session.context.run_name(run_id)) == (2, run)
     assert "continues" not in ready.do(TRAIN.replace("learning_rate", "r").replace("0.01, 0.05", "2, 8")).state.message
 
 

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbpeft.checkpoint.staging import probe_lock
 from nbpeft.errors import CheckpointError, CheckpointNotFoundError
 from nbpeft.runs.folder import RunFolder
 from nbpeft.runs.record import differing
@@ -20,9 +22,9 @@ from tests.faults.killing import die, forked
 
 
 def made(store: RunStore, adapter: str = "sql", *, status: str = "finished", started: float = 0.0, **more: Any) -> str:
-    """A run that has ended, or whose process has."""
+    """A run that has ended, or whose process has; its id is its first name."""
     folder = store.create(adapter)
-    folder.write({"adapter": adapter, "status": status, "started": started, **more})
+    folder.write({"id": folder.name, "adapter": adapter, "status": status, "started": started, **more})
     folder.close()
     return folder.name
 
@@ -120,6 +122,22 @@ def test_a_run_that_is_written_is_running_for_everybody(store: RunStore) -> None
     assert os.listdir(store.place) == [".gitignore"]
 
 
+def test_who_only_asks_whether_a_run_is_running_is_no_training(store: RunStore) -> None:
+    name = made(store, status="running")
+    probe = probe_lock(store.place / name)
+    assert probe is not None
+    assert store.find(name).record().status == "crashed"
+    asked = threading.Timer(0.05, os.close, [probe])
+    asked.start()
+    training = store.find(name)
+    training.open()  # waits until nobody asks
+    asked.join()
+    assert store.find(name).record().status == "running"
+    with pytest.raises(CheckpointError, match="still running"):
+        store.find(name).open()
+    training.close()
+
+
 def test_renaming(store: RunStore) -> None:
     made(store), made(store)
     store.rename("sql-1", "best.of-all")
@@ -134,6 +152,37 @@ def test_renaming(store: RunStore) -> None:
             store.rename("best.of-all", new)
     with pytest.raises(CheckpointNotFoundError, match=r"no run is called 'sql-3' in .*Did you mean 'sql-2'"):
         store.rename("sql-3", "x")
+
+
+def test_a_name_that_another_run_has_by_now_is_refused(store: RunStore, tmp_path: Path) -> None:
+    former = store.find(made(store, id="former")).record()
+    store.rename("sql-1", "best", former.id)
+    made(store, id="new")
+    before = store.find("sql-1").record()
+    told = "^the list is out of date: sql-1 is another run now; list the runs again$"
+    for act in (
+        lambda: store.delete("sql-1", former.id),
+        lambda: store.rename("sql-1", "x", former.id),
+        lambda: store.note("sql-1", "x", former.id),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            act()
+    store.mark_saved(former.id, "sql", tmp_path)
+    assert store.find("sql-1").record() == before
+    renamed = store.with_id(former.id)
+    assert renamed is not None and renamed.name == "best" and renamed.record().saved == {"sql": str(tmp_path)}
+    store.delete("best", former.id)
+    assert store.with_id(former.id) is None
+    store.mark_saved(former.id, "sql", tmp_path)
+    assert store.records() == [before]
+
+
+def test_a_run_that_cannot_be_read_is_deleted_as_it_was_listed(store: RunStore) -> None:
+    (store.place / made(store) / "run.json").write_text("{")
+    (record,) = store.records()
+    assert (record.status, record.id) == ("unreadable", "")
+    store.delete(record.name, record.id)
+    assert store.records() == []
 
 
 def test_a_note_stays_with_its_run(store: RunStore) -> None:
@@ -274,7 +323,7 @@ def test_a_copy_of_which_nothing_but_its_folder_is_known_is_none(store: RunStore
 
 
 def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_path: Path) -> None:
-    name = with_state(store, made(store, adapter="a, b"), 4000)
+    name = with_state(store, made(store, adapter="a, b", adapters=["a", "b"]), 4000)
     made(store, started=1.0)
     write_adapter(tmp_path)
     for adapter, left in (("a", (3,)), ("unknown", (3,)), ("b", ())):
@@ -282,6 +331,17 @@ def test_a_run_of_several_adapters_is_saved_when_all_are(store: RunStore, tmp_pa
         store.tidy(most_bytes=1)
         assert kept_steps(store)[name] == left
     store.mark_saved("none", "a", tmp_path)  # never an error: the adapter is saved
+
+
+def test_an_adapter_may_have_a_comma_in_its_name(store: RunStore, tmp_path: Path) -> None:
+    name = with_state(store, made(store, adapter="a, b", adapters=["a, b"]), 4000)
+    made(store, started=1.0)
+    write_adapter(tmp_path)
+    store.mark_saved(name, "a, b", tmp_path)
+    record = store.find(name).record()
+    assert record.adapters == ("a, b",) and record.saved == {"a, b": str(tmp_path)}
+    store.tidy(most_bytes=1)
+    assert kept_steps(store)[name] == ()
 
 
 def test_which_settings_differ(store: RunStore) -> None:

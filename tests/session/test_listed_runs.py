@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 
 import nbpeft
 from nbpeft.display.next_steps import next_steps
-from nbpeft.errors import CheckpointNotFoundError, ConfigError
-from nbpeft.session.results.kept_runs import RunsComparison
-from tests.runs.killed import ARGUMENTS, adapted_session, rows
+from nbpeft.errors import AdapterError, CheckpointError, CheckpointNotFoundError, ConfigError
+from nbpeft.session.results.kept_runs import RunCard, RunsComparison
+from tests.runs.killed import ARGUMENTS, adapted_session, rows, session_in, when_noted
 from tests.training.support import token_rows
 
 
@@ -164,3 +166,68 @@ def test_renaming_and_deleting(tmp_path: Path) -> None:
     assert str(session.note_run("best", "")) == "run best has no note"
     assert str(session.delete_run("best")) == "deleted run best"
     assert session.runs().records == ()
+
+
+def test_a_run_is_known_by_its_id_after_another_has_its_name(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    first = session.train(model, rows(), **ARGUMENTS | {"max_steps": 2}).state
+    session.rename_run("sql-1", "best")
+    other, other_model = adapted_session(tmp_path / "runs")
+    other.on_run(lambda run, name: when_noted(run, 1, run.control.request_stop))
+    other.train(other_model, rows(), **ARGUMENTS | {"max_steps": 3})  # is called sql-1 now
+    session.save(tmp_path / "saved")
+    saved = {record.name: record.saved for record in session.runs().records}
+    assert saved == {"sql-1": {}, "best": {"sql": str(tmp_path / "saved")}}
+    for name, steps in (("best", 2), ("sql-1", 1)):
+        card = session.find_run(name)
+        assert isinstance(card, RunCard) and card.train.step == steps
+    with pytest.raises(AdapterError, match=r"'sql' was trained by run best since, and resuming run sql-1 would undo"):
+        session.resume("sql-1", model=model, data=rows())
+    second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    assert "continues from the weights after step 2 of run best" in str(second)
+    assert first.kept_id and first.kept_id != second.state.kept_id
+
+
+def test_a_run_that_is_deleted_is_not_taken_for_the_next_of_its_name(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
+    session.delete_run("sql-1")
+    other, other_model = adapted_session(tmp_path / "runs")
+    other.train(other_model, rows(), **ARGUMENTS | {"max_steps": 1})
+    session.save(tmp_path / "saved")
+    assert [(record.name, record.saved) for record in session.runs().records] == [("sql-1", {})]
+    again = str(session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}))
+    assert "continues from the weights after step 1 of a run that is no longer in the runs folder" in again
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path)
+    end = session.on_run(lambda run, name: when_noted(run, 2, run.control.request_stop))
+    session.train(model, rows(), **ARGUMENTS | {"max_steps": 3})
+    end()
+    (before,) = session.runs().records
+    session.resume(model="model", data=rows())
+    (after,) = session.runs().records
+    assert before.id == after.id != "" and (before.status, after.status) == ("stopped", "finished")
+    session.save(tmp_path / "saved")
+    assert session.runs().records[0].saved == {"sql": str(tmp_path / "saved")}
+
+
+def denied(path: object) -> list[str]:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("why", ["Not a directory", "Permission denied"])
+def test_a_runs_folder_that_cannot_be_read_is_not_told_as_empty(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = session_in(tmp_path / "runs")
+    if why == "Not a directory":
+        (tmp_path / "runs").write_text("a file")
+    else:
+        monkeypatch.setattr(os, "listdir", denied)
+    told = f"^the runs folder {re.escape(str(tmp_path / 'runs'))} cannot be read: {why}$"
+    for act in (session.runs, session.find_run, session.kept_run, session.resume, lambda: session.delete_run("sql-1")):
+        with pytest.raises(CheckpointError, match=told):
+            act()
+    assert session.run_names() == ()

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from nbpeft.checkpoint.staging import ASIDE, STAGING_PREFIX, mark_of, staging_name
+from nbpeft.display.next_steps import next_steps
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -577,6 +578,19 @@ def test_resuming_moves_nothing_through_a_link(whose: str, broken: Path, tmp_pat
     assert staging.exists() is (whose != "own")
 
 
+def test_an_adapter_with_a_comma_in_its_name_is_resumed_and_saved(tmp_path: Path) -> None:
+    session, model = adapted_session(tmp_path / "runs")
+    session.rename("sql", "orders, small")
+    train = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1}).state
+    steps = next_steps(train, session.state, "model")
+    assert train.names == ("orders, small",) and steps is not None and steps.saved is False
+    session.save(tmp_path / "saved")
+    assert session.runs().records[0].saved == {"orders, small": str(tmp_path / "saved")}
+    again = session_in(tmp_path / "runs").resume(model=llama(), variable="model")
+    assert again.adapters == ("orders, small",)
+    assert same_state(weights(again.model, "orders, small"), weights(model, "orders, small"))
+
+
 # What becomes of old runs
 
 
@@ -593,7 +607,7 @@ def test_where_an_adapter_was_saved_is_noted_with_its_run(tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_is_saved_nowhere(broken: Path) -> None:
-    RunStore(broken).mark_saved("sql-1", "sql", broken)
+    RunStore(broken).mark_saved(RunStore(broken).records()[0].id, "sql", broken)
     assert RunStore(broken).records()[0].saved == {"sql": str(broken)}
     resumed(broken)
     assert RunStore(broken).records()[0].saved == RunStore(broken).records()[0].saved_files == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
@@ -11,9 +12,11 @@ import pytest
 
 from nbpeft.errors import CheckpointError
 from nbpeft.runs.record import RunRecord
+from nbpeft.runs.store import RunStore
 from nbpeft.session.results.kept_runs import RunsComparison, RunsResult
 from nbpeft.widgets import RunsPanel
 from nbpeft.widgets.runs_panel import MOST
+from tests.runs.killed import session_in
 from tests.widgets.support import button, labels, parts, text
 
 pytestmark = pytest.mark.usefixtures("no_widget_stays")
@@ -30,7 +33,9 @@ def record(name: str, started: float, **more: Any) -> RunRecord:
         "status": "finished",
         **more,
     }
-    return RunRecord(name=name, path=f"/runs/{name}", adapter="sql", model="model", started=started, **values)
+    return RunRecord(
+        name=name, id=f"id of {name}", path=f"/runs/{name}", adapter="sql", model="model", started=started, **values
+    )
 
 
 def listed(records: tuple[RunRecord, ...]) -> RunsResult:
@@ -44,16 +49,17 @@ class Runs:
         self.records = records
         self.asked: list[tuple[str, ...]] = []
 
-    def delete_run(self, name: str) -> str:
-        return self._change(name, f"deleted {name}")
+    def delete_run(self, name: str, *, run_id: str) -> str:
+        return self._change(name, run_id, f"deleted {name}")
 
-    def rename_run(self, name: str, new: str) -> str:
-        return self._change(name, f"renamed {name} to {new}", name=new)
+    def rename_run(self, name: str, new: str, *, run_id: str) -> str:
+        return self._change(name, run_id, f"renamed {name} to {new}", name=new)
 
-    def note_run(self, name: str, note: str) -> str:
-        return self._change(name, f"noted {note}", note=note)
+    def note_run(self, name: str, note: str, *, run_id: str) -> str:
+        return self._change(name, run_id, f"noted {note}", note=note)
 
-    def _change(self, run: str, told: str, **facts: str) -> str:
+    def _change(self, run: str, run_id: str, told: str, **facts: str) -> str:
+        assert (run, run_id) in {one.key for one in self.records}
         if run == "running":
             raise CheckpointError("run running is still running")
         self.records = tuple(
@@ -206,11 +212,92 @@ def test_selected_runs_are_deleted_after_a_confirmation() -> None:
 
 
 def test_a_run_that_cannot_be_deleted_stays_selected() -> None:
-    panel = panel_of((record("sql-2", 2.0), record("running", 1.0)))
-    select(panel, "sql-2", "running")
+    panel = panel_of((record("sql-2", 2.0), record("running", 1.5), record("sql-1", 1.0)))
+    select(panel, "sql-2", "running", "sql-1")
     ask, sure = button(panel, "Delete"), button(panel, "Delete", 1, hidden=True)
     ask.click()
     sure.click()
     assert shown(panel) == ["running"] and panel.selected == ("running",)
-    assert "still running" in text(panel)
+    assert "deleted sql-2 · run running is still running · deleted sql-1" in text(panel)
     panel.close()
+
+
+# With runs on disk, which others change meanwhile
+
+
+def put(store: RunStore, adapter: str, run_id: str) -> str:
+    """A run that has ended."""
+    folder = store.create(adapter)
+    folder.write({"id": run_id, "adapter": adapter, "status": "finished"})
+    folder.close()
+    return folder.name
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[tuple[RunStore, RunsPanel]]:
+    """A panel of the runs ``sql-1`` to ``sql-3``, which are selected."""
+    store, session = RunStore(tmp_path), session_in(tmp_path)
+    for run_id in "abc":
+        put(store, "sql", run_id)
+    listed = session.runs()
+    assert isinstance(listed, RunsResult)
+    panel = RunsPanel(session, listed, ui="widgets")
+    select(panel, "sql-1", "sql-2", "sql-3")
+    yield store, panel
+    panel.close()
+
+
+def ids(store: RunStore) -> dict[str, str]:
+    return {record.name: record.id for record in store.records()}
+
+
+def test_a_run_that_has_got_the_name_of_a_selected_one_is_not_deleted(kept: tuple[RunStore, RunsPanel]) -> None:
+    store, panel = kept
+    store.rename("sql-3", "best")
+    assert put(store, "sql", "new") == "sql-3"
+    button(panel, "Delete", 1, hidden=True).click()
+    assert ids(store) == {"best": "c", "sql-3": "new"}
+    assert "the list is out of date: sql-3 is another run now" in text(panel) and "deleted run sql-1" in text(panel)
+    assert panel.selected == () and sorted(shown(panel)) == ["best", "sql-3"]
+
+
+@pytest.mark.parametrize("change", ["Rename", "Save note"])
+def test_a_run_that_has_got_the_name_of_the_selected_one_is_not_changed(
+    change: str, kept: tuple[RunStore, RunsPanel]
+) -> None:
+    store, panel = kept
+    select(panel, "sql-3")
+    store.delete("sql-3")
+    put(store, "sql", "new")
+    before = store.records()
+    field(panel, "Name").value = field(panel, "Note").value = "mine"
+    button(panel, change).click()
+    assert store.records() == before and panel.selected == ()
+    assert "the list is out of date: sql-3 is another run now" in text(panel)
+
+
+def test_a_run_that_is_gone_does_not_keep_the_others_from_being_deleted(kept: tuple[RunStore, RunsPanel]) -> None:
+    store, panel = kept
+    store.delete("sql-1")
+    button(panel, "Delete", 1, hidden=True).click()
+    assert ids(store) == {} and shown(panel) == [] and panel.selected == ()
+    assert "run sql-1 is gone · deleted run sql-2 · deleted run sql-3" in text(panel)
+
+
+def test_runs_are_not_compared_with_one_that_is_gone_or_has_the_name_of_another(
+    kept: tuple[RunStore, RunsPanel],
+) -> None:
+    store, panel = kept
+    store.delete("sql-2")
+    select(panel, "sql-1", "sql-2")
+    assert panel.selected == ("sql-1",) and shown(panel).count("sql-2") == 0
+    assert "no run is called" in text(panel)
+    select(panel, "sql-1", "sql-3")
+    assert panel.selected == ("sql-1", "sql-3") and "no run is called" not in text(panel)
+    store.delete("sql-3")
+    store.rename("sql-1", "sql-3")
+    put(store, "sql", "new")
+    select(panel, "sql-1")
+    assert panel.selected == ("sql-1",)
+    button(panel, "Delete", 1, hidden=True).click()
+    assert sorted(ids(store).values()) == ["a", "new"]

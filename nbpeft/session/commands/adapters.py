@@ -449,10 +449,10 @@ def _note_with_run(ctx: SessionContext, tracked: TrackedModel, saved: SavedAdapt
     """Record where an adapter was saved in the run that trained it last, so that the run can delete its own copy."""
     from nbpeft.session.commands.training import run_place
 
-    _, run = tracked.steps_of((saved.name,))
-    place = run_place(ctx) if run else None
+    _, run_id = tracked.steps_of((saved.name,))
+    place = run_place(ctx) if run_id else None
     if place is not None:
-        place.store.mark_saved(run, saved.name, saved.folder)
+        place.store.mark_saved(run_id, saved.name, saved.folder)
 
 
 def delete(ctx: SessionContext, name: str | Sequence[str], *, model: ModelLike = None) -> CommandResult:

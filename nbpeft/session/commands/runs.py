@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ def runs(
 
     Raises:
         CheckpointNotFoundError: there is no such run.
-        CheckpointError: none of the runs to compare can be read.
+        CheckpointError: the folder of the runs cannot be read, or none of the runs to compare.
         ConfigError: the sort order is unknown, or an order or a search is given for runs to compare.
     """
     from nbpeft.runs.record import UNREADABLE, curve_of
@@ -157,51 +158,54 @@ def _with_entries(folder: RunFolder) -> tuple[RunRecord, list[Any]]:
         entries = [] if record.status == UNREADABLE else folder.entries()
         return with_best_metrics(record, entries), entries
     except CheckpointError as error:
-        return unreadable(record.name, record.path, error.message), []
+        return replace(unreadable(record.name, record.path, error.message), id=record.id), []
 
 
 def _cannot_be_read(record: RunRecord) -> CheckpointError:
     return CheckpointError(f"run {record.name} cannot be read: {record.message}")
 
 
-def rename_run(ctx: SessionContext, name: str, new: str) -> LineResult:
+def rename_run(ctx: SessionContext, name: str, new: str, *, run_id: str | None = None) -> LineResult:
     """Rename a run that has ended.
 
     Args:
         name: name of the run.
         new: its new name.
+        run_id: ``id`` of its record, to refuse another run that has the name by now.
 
     Raises:
-        CheckpointError: there is no such run, the new name is taken, or the run is still running.
+        CheckpointError: there is no such run, the new name is taken, or the run is still running or another one.
     """
-    _store(ctx).rename(name, new)
+    _store(ctx).rename(name, new, run_id)
     return LineResult(f"renamed run {name} to {new}")
 
 
-def note_run(ctx: SessionContext, name: str, note: str) -> LineResult:
+def note_run(ctx: SessionContext, name: str, note: str, *, run_id: str | None = None) -> LineResult:
     """Write a note on a run that has ended, in place of the one that it has.
 
     Args:
         name: name of the run.
         note: the note, which is kept as one line; an empty one removes it.
+        run_id: see ``rename_run``.
 
     Raises:
-        CheckpointError: there is no such run, it is still running, or the note is too long.
+        CheckpointError: there is no such run, it is still running or another one, or the note is too long.
     """
-    _store(ctx).note(name, note)
+    _store(ctx).note(name, note, run_id)
     return LineResult(f"the note on run {name} is saved" if note.strip() else f"run {name} has no note")
 
 
-def delete_run(ctx: SessionContext, name: str) -> LineResult:
+def delete_run(ctx: SessionContext, name: str, *, run_id: str | None = None) -> LineResult:
     """Delete a run that has ended, with its folder; the adapter on the model is not changed.
 
     Args:
         name: the exact name of the run.
+        run_id: see ``rename_run``.
 
     Raises:
-        CheckpointError: there is no such run, or it is still running.
+        CheckpointError: there is no such run, or it is still running or another one.
     """
-    _store(ctx).delete(name)
+    _store(ctx).delete(name, run_id)
     return LineResult(f"deleted run {name}")
 
 
@@ -217,7 +221,7 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
 
     Raises:
         CheckpointNotFoundError: there is no such run.
-        CheckpointError: it cannot be read.
+        CheckpointError: it, or the folder of the runs, cannot be read.
     """
     from nbpeft.runs.record import UNREADABLE
 
@@ -228,7 +232,7 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
     for tracked in ctx.models.all():
         train = tracked.training
         last = train is not None and ctx.last_result is not None and ctx.last_result.state.run_id == train.run_id
-        if train is not None and (last if run is None else Path(train.folder).name == run):
+        if train is not None and (last if run is None else ctx.run_name(train.kept_id) == run):
             return RunCard(train, tracked.name, ctx.state)
     store = _store(ctx)
     records = [one for one in store.records() if run is None and one.status != UNREADABLE]
@@ -251,6 +255,7 @@ def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
     return TrainState(
         run_id=record.name,
         adapter=record.adapter,
+        adapters=record.adapters if len(record.adapters) > 1 else (),
         status=status,
         step=record.step,
         total_steps=record.total_steps,
@@ -269,6 +274,7 @@ def _state_of(folder: RunFolder, record: RunRecord) -> TrainState:
         metric_history={name: points for name, points in series.items() if is_measured(name)},
         samples=folder.samples(record.step),
         folder=record.path,
+        kept_id=record.id,
         headline=tuple(record.headline),
     )
 
@@ -281,6 +287,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
     Raises:
         CheckpointNotFoundError: there is no such run, or it has no checkpoint; or the last training here left none.
+        CheckpointError: the folder of the runs cannot be read.
         TrainingError: it is still running.
     """
     from nbpeft.runs.record import UNREADABLE
@@ -307,13 +314,10 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
 
 def _refuse_another(ctx: SessionContext, newest: RunRecord) -> None:
     """Refuses to resume a run that is not named, if a model's last training was of another adapter and is not kept."""
-    from nbpeft.checkpoint.inside import is_there
-
     for train in (tracked.training for tracked in ctx.models.all()):
         if train is None or train.status not in ("failed", "stopped") or train.step > train.first_step:
             continue
-        kept = bool(train.folder) and is_there(Path(train.folder))
-        if not kept and {*train.adapter.split(", ")}.isdisjoint(newest.adapters):
+        if not ctx.run_name(train.kept_id) and {*train.names}.isdisjoint(newest.adapters):
             raise CheckpointNotFoundError(
                 f"the training of {train.adapter} {train.status} before its first step, and nothing of it is kept: "
                 f"train again. The newest run is of {few(newest.adapters)}: session.resume({newest.name!r})"
@@ -463,6 +467,7 @@ def _restore_adapters(
 ) -> tuple[Any, tuple[str, ...]]:
     """Load the adapters that the model lacks; return the model, and the names of the adapters that it already had."""
     from nbpeft.engine.tree.model_tree import manager_of
+    from nbpeft.runs.record import words_of_run
 
     manager = manager_of(model)
     present = tuple(name for name in places if manager is not None and name in manager.configs)
@@ -476,8 +481,8 @@ def _restore_adapters(
         _check_config(record, name, manager.configs[name])
         tracked = ctx.find_adapted(model, variable)
         steps, last = tracked.steps_of((name,))
-        if steps and last != record.name:
-            trained = f"run {last}" if last else "another run"
+        if steps and (not last or last != record.id):
+            trained = words_of_run(last, ctx.run_name(last))
             message = f"{name!r} was trained by {trained} since, and resuming run {record.name} would undo that"
             raise AdapterError(f"{message}: rename or delete it first")
     for name, place in places.items():

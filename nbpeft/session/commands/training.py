@@ -225,7 +225,8 @@ def _recorded(
         run = _run(ctx, tracked, watched, total_steps, **options)
         run.rows = named_rows or run.rows
         if not resumes:
-            run.continue_from({name: plan.earlier_steps(tracked, name) for name in names})
+            earlier = {name: plan.earlier_steps(tracked, name) for name in names}
+            run.continue_from(earlier, {run_id: ctx.run_name(run_id) for _, run_id in earlier.values()})
         for note in notes:
             run.note(note)
         made.append(run)
@@ -257,7 +258,7 @@ def _recorded(
 
 def _restarted(ctx: SessionContext, tracked: TrackedModel, name: str, seed: int) -> str:
     """Initialize an adapter again; return a note about it."""
-    former = tracked.last_run(name)
+    former = ctx.run_name(tracked.last_run(name))
     reinitialize(ctx, tracked, name, seed=seed)
     return f"restarts {name} from new weights" + (f"; run {former} has the former ones" * bool(former))
 
@@ -333,6 +334,7 @@ def export(
         ConfigError: an argument cannot be written into a script.
         TrainingError: it is unknown where to load the base model from, or the data cannot be read.
     """
+    from nbpeft.runs.record import words_of_run
     from nbpeft.training import export_script
 
     tracked, place = ctx.models.get(model, command="export"), place_of(path, "export")
@@ -343,7 +345,7 @@ def export(
         data_files = tuple(zip(map(str, files.data), files.row_counts, strict=True))
         config, steps, run = tracked.earlier_steps.get(files.adapter, (None, 0, ""))
         if steps and config is tracked.manager.configs.get(files.adapter):
-            which = f"those after step {steps:,} of {f'run {run}' if run else 'a run that was not saved'}"
+            which = f"those after step {steps:,} of {words_of_run(run, ctx.run_name(run))}"
             notes.append(f"the script starts from new weights, and the training here from {which}")
         return ExportResult(str(files.script), files.adapter, data_files, notes=(*files.notes, *notes))
 

@@ -86,13 +86,13 @@ def _undone(ctx: SessionContext, tracked: TrackedModel) -> CommandResult:
     _refuse_in_training(ctx, tracked, "undo anything")
     known = ctx.history.of(manager)
     if not known:
-        ways = "".join(_before_training(tracked, name) for name in manager.active[:1])
+        ways = "".join(_before_training(ctx, tracked, name) for name in manager.active[:1])
         raise AdapterError(f"nothing to undo on {tracked.name}: no adapter of it was deleted or replaced{ways}")
     past = known[-1]
     kept, name = past.kept, past.kept.name
     with ctx.command(f"restoring {name!r}") as notes:
         with manager.transaction() as change:
-            _refuse_taken(tracked, past)
+            _refuse_taken(ctx, tracked, past)
             restore(manager, kept, in_place=past.in_place and name in manager.configs)
             ctx.history.drop_last(manager, change)
             change.keep_attributes(tracked, "requested")
@@ -139,7 +139,7 @@ def _refuse_in_training(ctx: SessionContext, tracked: TrackedModel, what: str) -
         raise BusyError(f"cannot {what} while {tracked.name} is training {run.adapter}; stop it first")
 
 
-def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
+def _refuse_taken(ctx: SessionContext, tracked: TrackedModel, past: PastAdapter) -> None:
     """Refuse to replace an adapter without being asked to."""
     from nbpeft.engine.runtime.snapshots import has_weights
 
@@ -150,7 +150,7 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
     if present is not past.successor:
         raise AdapterExistsError(
             f"{name!r} was {past.did}, and another adapter has the name now: rename that one first "
-            f"(session.rename({name!r}, 'NEW')){_before_training(tracked, name)}",
+            f"(session.rename({name!r}, 'NEW')){_before_training(ctx, tracked, name)}",
             name=name,
         )
     if name in tracked.manager.unsaved and not has_weights(tracked.manager, name, past.kept.weights):
@@ -161,13 +161,14 @@ def _refuse_taken(tracked: TrackedModel, past: PastAdapter) -> None:
         )
 
 
-def _before_training(tracked: TrackedModel, name: str) -> str:
+def _before_training(ctx: SessionContext, tracked: TrackedModel, name: str) -> str:
     """Say how to get back the weights from before the last training, which ``undo`` does not restore."""
-    config, step, run = tracked.earlier_steps.get(name, (None, 0, ""))
+    config, step, run_id = tracked.earlier_steps.get(name, (None, 0, ""))
     if config is None or config is not tracked.manager.configs.get(name) or tracked.origin_of(name):
         return ""
     training = f"; to undo the training of {name!r}, session"
     if step:
+        run = ctx.run_name(run_id)
         return f"{training}.delete({name!r}), then session.resume({run!r}) goes back to run {run}" if run else ""
     drawn, _ = tracked.first_random.get(name, (None, None))
     return f"{training}.reset({name!r}) restores its initial weights" if drawn is config else ""

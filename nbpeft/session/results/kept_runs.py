@@ -477,6 +477,6 @@ def _flat(cell: Any) -> str:
 
 
 def _fields(record: RunRecord) -> dict[str, Any]:
-    left_out = ("settings", "kept_steps", "saved", "saved_files", "metrics")
+    left_out = ("id", "adapters", "settings", "kept_steps", "saved", "saved_files", "metrics")
     own = dict(record.metrics) | {name: value for name, value in vars(record).items() if name not in left_out}
     return {**own, **{name: value for name, value in record.settings.items() if name not in own}}

@@ -177,7 +177,7 @@ def _note_end(run: Run, place: Any, status: TrainStatus, message: str) -> None:
             return
         if chosen.name is None and not folder.entries():
             chosen.store.delete(folder.name)
-            run.folder = ""
+            run.kept_in("", "")
         else:
             last = {"step": record.step, "loss": record.loss, "seconds": record.seconds}
             folder.write({**facts, **last, "status": status, "message": message})

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft.errors import ConfigError, TrainingError, TrainingInterrupted, with_article
 from nbpeft.memory.processor import slow_dtype, slow_dtype_message
+from nbpeft.runs.record import words_of_run
 from nbpeft.state import Curve, MemberState, MemoryState, NamedRows, Sample, TrainState, TrainStatus
 from nbpeft.sweeps import stem_of
 from nbpeft.training.adapters.adapted_model import trained_names
@@ -86,17 +87,19 @@ class Run:
         ConfigError: ``total_steps`` is not a number of steps.
 
     Attributes:
+        adapters: The names of its adapters; a sweep that clones one adds to them.
         entered: Whether the run is inside its ``with`` block.
         shown: How a front end shows the run, if it does: then warnings are part of its message and not emitted.
         interrupted: Whether an interrupt ended it.
         thread: Identifier of the thread that began it; None before.
         folder: The folder of the run on disk, or the empty string.
+        kept_id: The id of the run in that folder, which is that of the first run if this one resumes it.
         output_dir: The folder in which its adapter is saved at the end, or the empty string.
         rows: The rows to score its adapter on, as a cell named them.
         spelled: Writes a note in the notation in which the training was requested, e.g. with the options of a cell.
         unlearned: Adapter -> which rows of its data are held out, where this is known; "" for all adapters.
         mirrors: Whether it runs in other processes, whose states it shows (``mirror``); set before it begins.
-        earlier: Adapter -> the last step of the earlier run in which its initial weights were trained, and its name.
+        earlier: Adapter -> the last step of the earlier run in which its initial weights were trained, and its id.
         starts_from: The same as text; empty for weights that no run has trained.
         members: Returns, for a status of the run, the state of each adapter of a sweep.
         check_clone: Refuses to clone an adapter of a sweep with these fields of its own.
@@ -128,7 +131,7 @@ class Run:
             raise ConfigError(f"total_steps must be a number of steps or None, not {total_steps!r}")
         self.control = control if control is not None else RunControl()
         self.run_id = uuid.uuid4().hex[:8]
-        self.adapter = ", ".join(trained_names(model)) if adapter is None else adapter
+        self.adapters = trained_names(model) if adapter is None else (adapter,)
         self.total_steps = total_steps
         self._model = weakref.ref(model)
         self._publish_to = publish
@@ -139,7 +142,7 @@ class Run:
         self.entered = self.interrupted = False
         self.thread: int | None = None
         self.shown: Literal["", "text", "card"] = ""
-        self.folder = self.output_dir = ""
+        self.folder = self.kept_id = self.output_dir = ""
         self.rows = NamedRows()
         self.spelled: Callable[[str], str] = str
         self.unlearned: Mapping[str, HeldOut] = {}
@@ -168,6 +171,11 @@ class Run:
         self._end_watching: Callable[[], None] = lambda: None
         self._record = Record()
         self._published_at = float("-inf")
+
+    @property
+    def adapter(self) -> str:
+        """The names of its adapters, as text."""
+        return ", ".join(self.adapters)
 
     # What the loop calls
 
@@ -370,15 +378,20 @@ class Run:
                 self._check.close()
                 self._check = None
 
-    def continue_from(self, earlier: Mapping[str, tuple[int, str]]) -> None:
+    def kept_in(self, folder: str, kept_id: str) -> None:
+        """Records in which folder the run is, and its id there; both are empty if it is in none."""
+        self.folder, self.kept_id = folder, kept_id
+
+    def continue_from(self, earlier: Mapping[str, tuple[int, str]], names: Mapping[str, str]) -> None:
         """Records that initial weights were trained in earlier runs.
 
         Args:
-            earlier: adapter -> the last step of the last of them, and its name; 0 for new weights.
+            earlier: adapter -> the last step of the last of them, and its id; 0 for new weights.
+            names: id -> the run's present name, which is empty if it is not on disk.
         """
         self.earlier = dict(earlier)
         if any(step for step, _ in earlier.values()):
-            starts = {name: _start(*start) for name, start in earlier.items()}
+            starts = {name: _start(step, words_of_run(run, names[run])) for name, (step, run) in earlier.items()}
             alike = len({*starts.values()}) == 1
             self.starts_from = next(iter(starts.values())) if alike else "; ".join(map(": ".join, starts.items()))
             self.note(f"continues from {self.starts_from} (new learning-rate schedule)")
@@ -395,7 +408,8 @@ class Run:
             self._stopwatch.mirror(state.elapsed, paused=state.status == "paused")
             self._record.step, self._record.first_step = state.step, state.first_step
             self.kept_step = state.kept_step
-            self.total_steps, self.folder = state.total_steps, state.folder
+            self.total_steps = state.total_steps
+            self.kept_in(state.folder, state.kept_id)
         self.publish(force=True)  # rank 0 limits the rate already
 
     def received_weights(self, token_count: int) -> None:
@@ -701,6 +715,7 @@ class Run:
         return TrainState(
             run_id=self.run_id,
             adapter=self.adapter,
+            adapters=self.adapters if len(self.adapters) > 1 else (),
             status=self._status_now(),
             step=record.step,
             total_steps=self.total_steps,
@@ -730,6 +745,7 @@ class Run:
             best_step=record.best[0] if record.best else None,
             samples=(*self._samples, *self._rewarded),
             folder=self.folder,
+            kept_id=self.kept_id,
             members=self.members(self._status_now()),
             rows=self.rows,
             headline=self.headline,
@@ -760,10 +776,8 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
             )
 
 
-def _start(step: int, run_name: str) -> str:
-    if not step:
-        return "new weights"
-    return f"the weights after step {step:,} of {f'run {run_name}' if run_name else 'a run that was not saved'}"
+def _start(step: int, run: str) -> str:
+    return f"the weights after step {step:,} of {run}" if step else "new weights"
 
 
 def start_run(

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -151,9 +152,9 @@ class RunCheckpointer(TrainerCallback):
                 for field in ("saved", "saved_files"):  # steps from here on are not in the saved adapter
                     self._before.pop(field, None)
                 self._facts["resumed"] = [*(self._before.get("resumed") or ()), state.global_step]
-            self._run.folder = str(folder.path)
             process = {"process": os.getpid(), "host": platform.node()}
             self._facts = self._first_facts(args) | self._before | self._renewed(args) | self._facts | process
+            self._run.kept_in(str(folder.path), str(self._facts["id"] or ""))
             self._write_facts()
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -246,11 +247,11 @@ class RunCheckpointer(TrainerCallback):
 
     def mark_saved(self, folder: str) -> None:
         """Records in the run's folder that its adapters were saved in a folder of the user's."""
-        if self._run.folder and is_main_process():
+        if self._run.kept_id and is_main_process():
             for name in trained_names(self._model):
                 place = Path(folder, name)
                 place = place if os.path.isdir(place) else Path(folder)
-                self._place.store.mark_saved(os.path.basename(self._run.folder), name, place)
+                self._place.store.mark_saved(self._run.kept_id, name, place)
 
     def _drop_diverged(self) -> None:
         """Removes checkpoints after the last good weights of a diverged run, if an earlier one remains."""
@@ -282,7 +283,7 @@ class RunCheckpointer(TrainerCallback):
         if self._place.name is None:
             folder.close()
             self._place.store.delete(folder.name)
-            self._run.folder = ""
+            self._run.kept_in("", "")
         else:
             folder.close()
             folder.restore(self._contents)
@@ -344,6 +345,7 @@ class RunCheckpointer(TrainerCallback):
         given_settings = {name: value for name, value in plain.items() if name != "members"} | self._swept_settings()
         fields = {name: getattr(args, name) for name in _SHOWN_FIELDS if hasattr(args, name)}
         return {
+            "id": uuid.uuid4().hex,
             "model": self._place.model,
             "started": time.time(),
             "settings": self._adapter_settings() | fields | given_settings | self._own_settings(),
@@ -443,7 +445,7 @@ class RunCheckpointer(TrainerCallback):
                     self._unkept = folder
                 else:
                     folder.close()
-                    self._run.folder = ""
+                    self._run.kept_in("", "")
             self._run.note(f"this run is not saved on disk{since}: {in_one_line(error)}", warning=True)
 
 
@@ -526,6 +528,7 @@ def _summary(state: TrainState) -> dict[str, Any]:
     status = state.status if state.status in ("finished", "stopped", "failed") else "running"
     return {
         "adapter": state.adapter,
+        "adapters": list(state.names),
         "status": status,
         "step": state.step,
         "total_steps": state.total_steps,

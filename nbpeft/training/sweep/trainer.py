@@ -435,7 +435,7 @@ class SideBySideCallback(TrainerCallback, ExportableState):
         except NbpeftError as error:
             self._run.note(f"{request.source} was not cloned: {error}", warning=True)
             return
-        self._run.adapter = ", ".join(self._group.names)
+        self._run.adapters = tuple(self._group.names)
         self._run.note(f"{clone.name} forked from {request.source} at step {step:,}")
 
 
