@@ -31,6 +31,8 @@ _SHARE = re.compile(r"[^\s=-][^\s=]*\*(?:\d+\.?\d*|\.\d+)")
 """A part of a mixture of data: ``rows*0.7``."""
 _OF_ADAPTER = re.compile(r"[\w+-]+=(?!=)\S")
 """The rows of an adapter: ``a=rows``."""
+_GIVEN = "given so far"
+"""The attribute of a namespace, while it is filled, with the names of the options that are given."""
 _DIGITS = 18
 """The greatest number of digits of a whole number in an option."""
 
@@ -145,6 +147,7 @@ class LineParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.command = command
+        self.register("action", None, _Once)
         self.register("type", int, _whole)
         self.register("type", float, _number)
         for item in command.arguments:
@@ -173,6 +176,7 @@ class LineParser(argparse.ArgumentParser):
             CellError: an argument is unknown, missing or invalid.
         """
         options, unknown = self.parse_known_args(list(words))
+        vars(options).pop(_GIVEN, None)
         if not unknown:
             return options
         first = unknown[0]
@@ -505,8 +509,40 @@ class AsMapping(argparse.Action):
     """Stores the pairs of an argument as a dict, of one that is repeated all of them; for ``action`` of an argument."""
 
     def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
-        """Stores the values of the argument, a list of pairs."""
-        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **dict(values)})
+        """Stores the values of the argument, a list of pairs.
+
+        Raises:
+            CellError: a name is given twice.
+        """
+        found = dict(getattr(namespace, self.dest) or {})
+        for name, value in values:
+            if name in found:
+                raise CellError(f"{option}: {name} is given twice: {found[name]!s:.60} and {value!s:.60}")
+            found[name] = value
+        setattr(namespace, self.dest, found)
+
+
+class _Once(argparse.Action):
+    """Stores the value of an argument, as argparse does by default, but refuses an option that is given twice."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: object = None) -> None:
+        """Stores the value.
+
+        Raises:
+            CellError: the option has a value already.
+        """
+        given: set[str] = vars(namespace).setdefault(_GIVEN, set())
+        if self.dest in given:
+            earlier, later = (_as_given(value) for value in (getattr(namespace, self.dest), values))
+            raise CellError(f"{option} is given twice: {earlier} and {later}")
+        if option is not None:
+            given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def _as_given(value: Any) -> str:
+    """The value of an option as text of limited length."""
+    return f"{' '.join(map(str, value)) if isinstance(value, list) else value!s:.60}"
 
 
 def positive(text: str) -> int:

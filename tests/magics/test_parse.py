@@ -178,3 +178,23 @@ def test_the_line_of_a_training_cell() -> None:
     assert [word.text for word in options.fields] == ["num_train_epochs=1"]
     with pytest.raises(CellError, match=r"^%%lora_train has no option --\. Example: %%lora_train model"):
         parse_arguments(CELLS["lora_train"], "%%lora_train", tokenize("model --data rows -- one epoch"), {})
+
+
+@pytest.mark.parametrize("name", ["save", "score", "train"])
+def test_an_option_is_given_once(name: str) -> None:
+    command = CELLS["lora_train"] if name == "train" else SUBCOMMANDS[name]
+    for item in command.arguments:
+        flag = next((flag for flag in item.flags if flag.startswith("--")), None)
+        if flag is None or item.options.get("action") or item.options.get("nargs"):
+            continue
+        value = "0.5" if item.options.get("type") is float else "3"
+        if choices := item.options.get("choices"):
+            value = str(next(iter(choices)))
+        with pytest.raises(CellError, match=f"^{flag} is given twice: "):
+            parse_arguments(command, name, tokenize(f"m {flag} {value} {flag} {value}"), {})
+
+
+def test_a_column_is_named_once() -> None:
+    line = "rows --columns prompt=q prompt=r"
+    with pytest.raises(CellError, match=r"^--columns: prompt is given twice: q and r$"):
+        parse_line(f"data {line}", SUBCOMMANDS, {})

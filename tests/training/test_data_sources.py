@@ -418,3 +418,15 @@ def test_a_stream_can_be_gone_through_again() -> None:
     rows = prepare_data(Numbers([*PAIRS, {"prompt": "a", "completion": ""}]), TOKENIZER)
     assert isinstance(rows, StreamedRows)
     assert list(rows) == list(rows) == EXPECTED
+
+
+def test_columns_of_one_name_are_refused() -> None:
+    table = pandas.DataFrame([["a", "b", "c"]], columns=["prompt", "completion", "completion"])
+    with pytest.raises(TrainingError, match=r"^The DataFrame has 2 columns named 'completion'; rename all but one\.$"):
+        prepare_data(table, TOKENIZER)
+
+
+def test_a_column_is_not_read_under_two_names() -> None:
+    rows = [{"a": "x", "b": "y"}]
+    with pytest.raises(TrainingError, match="'a' is given for both 'prompt' and 'completion'; name two columns"):
+        prepare_data(rows, TOKENIZER, columns={"prompt": "a", "completion": "a"})

@@ -443,7 +443,7 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
         columns: the columns of the rows.
 
     Raises:
-        TrainingError: a name does not belong to any form, or the rows have no such column.
+        TrainingError: a name does not belong to any form, the rows have no such column, or it is given for two names.
     """
     if mapping is None:
         return {}
@@ -459,7 +459,17 @@ def checked_columns(mapping: Any, columns: Sequence[str]) -> dict[str, str]:
         if column not in columns:
             nearest = did_you_mean(str(column), columns)
             raise TrainingError(f"columns: the rows have no {column!r:.40}, but {listed(columns)}.{nearest}")
+    _check_distinct(mapping)
     return {name: column for name, column in mapping.items() if name != column}
+
+
+def _check_distinct(mapping: Mapping[str, str]) -> None:
+    """Refuses a column that is given for two names; the labels of tokens may be the tokens themselves."""
+    names: dict[str, str] = {}
+    for name, column in mapping.items():
+        other = names.setdefault(column, name)
+        if other != name and {other, name} != {TOKENISED, "labels"}:
+            raise TrainingError(f"columns: {column!r:.40} is given for both {other!r} and {name!r}; name two columns.")
 
 
 def _meant(given: Any, columns: Sequence[str]) -> Any:

@@ -128,7 +128,12 @@ def _records(table: Any) -> Any:
     """The rows of a DataFrame, detected by its methods, so that neither pandas nor polars has to be imported."""
     if hasattr(table, "to_dicts"):
         return table.to_dicts()
-    return table.to_dict("records") if hasattr(table, "to_dict") else table
+    if not hasattr(table, "to_dict"):
+        return table
+    names = list(getattr(table, "columns", ()))  # pandas allows several columns of one name, and would return the last
+    for twice in (name for name in names if names.count(name) > 1):
+        raise TrainingError(f"The DataFrame has {names.count(twice)} columns named {twice!r:.40}; rename all but one.")
+    return table.to_dict("records")
 
 
 def _dictionary(data: Mapping[Any, Any]) -> TrainingError:
