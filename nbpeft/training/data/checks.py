@@ -27,15 +27,29 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool, classes: Clas
         classes: The classes, if the model is a classifier.
 
     Raises:
-        TrainingError: a row does not fit the model; the message names it.
+        TrainingError: a row does not fit the model, and the message names it; or no row has a label to be learned.
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return
+    learned = not causal or classes is not None
     for index in range(min(len(rows), _CHECKED_ROWS)):
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return
         check_row(row, index, vocabulary=vocabulary, causal=causal, classes=classes)
+        learned = learned or _is_learned(row)
+    if 0 < len(rows) <= _CHECKED_ROWS and not learned:
+        raise TrainingError(
+            f"None of the {len(rows):,} rows has a label to be learned: all are {IGNORED_LABEL} or masked."
+        )
+
+
+def _is_learned(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a label that is to be learned."""
+    labels = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    if labels is None:
+        return bool(torch.as_tensor(row.get("attention_mask", 1)).any())
+    return bool(torch.as_tensor(labels).ne(IGNORED_LABEL).any())
 
 
 def check_row(
@@ -64,6 +78,9 @@ def check_row(
             f"{(vocabulary or 0) - 1}: tokenize with the tokenizer of this model.",
             index=index,
         )
+    mask = row.get("attention_mask")
+    if mask is not None and len(mask) != len(ids):
+        raise TrainingError(f"Row {index} has an attention_mask of {len(mask)} for {len(ids)} tokens.", index=index)
     labels = next((row[name] for name in LABELS if name in row), None)
     if classes is not None and classes.per_token:
         _check_tags(labels, len(ids), index, classes)

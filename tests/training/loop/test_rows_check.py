@@ -19,6 +19,7 @@ from tests.training.support import token_rows, trainable
         ({"input_ids": [1, 999]}, "Row 1 has the token id 999, but the model knows ids from 0 to 96: tokenize"),
         ({"input_ids": [1, -1]}, "Row 1 has the token id -1"),
         ({"input_ids": [1, 2], "labels": [1]}, "Row 1 has 1 labels for 2 tokens."),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "Row 1 has an attention_mask of 1 for 2 tokens."),
         ({"input_ids": "abc"}, "Row 1: input_ids must be a list of token ids, not 'abc'."),
         ({"input_ids": []}, "Row 1: input_ids must be a list of token ids, not []."),
         ({"input_ids": [0.5]}, "Row 1: input_ids must be a list of token ids"),
@@ -31,6 +32,16 @@ def test_a_row_that_cannot_be_learned_is_named_before_training(row: dict[str, An
         train(model, [{"input_ids": [1, 2, 3]}, row], max_steps=1)
     assert message in str(failure.value) and "\n" not in str(failure.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("row", [{"labels": [-100, -100, -100]}, {"attention_mask": [0, 0, 0]}])
+def test_rows_without_any_label_to_learn_are_refused(row: dict[str, Any]) -> None:
+    rows: list[dict[str, Any]] = [{"input_ids": [1, 2, 3], **row}] * 4
+    with pytest.raises(
+        TrainingError, match=r"^None of the 4 rows has a label to be learned: all are -100 or masked\.$"
+    ):
+        train(trainable(), rows, max_steps=1)
+    train(trainable(), [*rows, {"input_ids": [1, 2, 3]}], max_steps=1, per_device_train_batch_size=5)
 
 
 def test_rows_of_every_kind_that_can_be_learned_pass() -> None:
