@@ -407,8 +407,7 @@ class Run:
             self._memory.mirror(state.memory)
             self._stopwatch.mirror(state.elapsed, paused=state.status == "paused")
             self._record.step, self._record.first_step = state.step, state.first_step
-            self.kept_step = state.kept_step
-            self.total_steps = state.total_steps
+            self.kept_step, self.total_steps = state.kept_step, state.total_steps
             self.kept_in(state.folder, state.kept_id)
         self.publish(force=True)  # rank 0 limits the rate already
 
