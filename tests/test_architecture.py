@@ -322,6 +322,7 @@ STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
         "the engine": ("import nbpeft.engine.runtime.manager", {"torch", "numpy"}),
         "the backends, asked about a layer": (MATCH, {"torch", "numpy"}),
         "tracking a loop": ("from nbpeft.training import RunControl, start_run", {"torch", "numpy", "safetensors"}),
+        "a model's handle": ("from nbpeft import PeftModel, get_peft_model", {"torch", "numpy", "safetensors"}),
     },
 )
 
@@ -329,7 +330,7 @@ STEPS: tuple[dict[str, tuple[str, set[str]]], ...] = (
 def loaded_after_each_step() -> dict[str, set[str]]:
     """Which of the heavy packages each step of `STEPS` leaves imported."""
     report = "\nimport json, sys\nprint('LOADED', json.dumps([%r, [name for name in %r if name in sys.modules]]))\n"
-    watched = sorted(HEAVY | {"IPython", "numpy"})
+    watched = sorted(HEAVY | {"IPython", "numpy", "torch._dynamo"})
     loaded: dict[str, set[str]] = {}
     for steps in STEPS:
         code = "".join(statements + report % (title, watched) for title, (statements, _) in steps.items())

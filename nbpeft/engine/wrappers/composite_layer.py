@@ -29,7 +29,9 @@ class AdaptedComposite(AdaptedOwner):
         owners = (self, *self._layers().values())
         active = self.active_state.current()
         if any(owner.has_any_of(active) for owner in owners):
-            return self._adapted(args, kwargs)
+            # As a decorator, it would import the compiler with this module.
+            adapted = torch.compiler.disable(self._adapted) if torch.compiler.is_compiling() else self._adapted
+            return adapted(args, kwargs)
         return self.wrapped_module()(*args, **kwargs)
 
     def _layers(self) -> dict[str, AdaptedLayer]:
@@ -38,7 +40,6 @@ class AdaptedComposite(AdaptedOwner):
         modules = self.wrapped_module()._modules
         return {name: layer for name in self.kind.layers if isinstance(layer := modules.get(name), AdaptedLayer)}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _adapted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active = self.active_state.current()
         module = self.wrapped_module()

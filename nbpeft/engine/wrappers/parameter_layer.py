@@ -88,7 +88,9 @@ class AdaptedParameter(AdaptedOwner):
         """The output of the module with the active adapters' deltas on its parameters."""
         layers = tuple(wrappers_of(self))
         if any(layer.has_any_of(layer.active_state.current()) for layer in layers):
-            return _adapted(layers, args, kwargs)
+            # As a decorator, it would import the compiler with this module.
+            adapted = torch.compiler.disable(_adapted) if torch.compiler.is_compiling() else _adapted
+            return adapted(layers, args, kwargs)
         return self.wrapped_module()(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -143,7 +145,6 @@ def only_multiplies(module: nn.Module) -> bool:
     return source.startswith("transformers.models.") and way in _MULTIPLYING
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _adapted(layers: Sequence[AdaptedParameter], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of the module inside some wrappers, with the active adapters of each."""
     active = [layer.active_state.current() for layer in layers]
