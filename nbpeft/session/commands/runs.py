@@ -243,9 +243,12 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
         return found, name
     for tracked in ctx.models.all():
         train = tracked.training
-        last = train is not None and ctx.last_result is not None and ctx.last_result.state.run_id == train.run_id
-        if train is not None and (last if run is None else ctx.run_name(train.kept_id) == run):
-            return RunCard(train, tracked.name, ctx.state)
+        if train is None:
+            continue
+        now, last = ctx.run_name(train.kept_id), ctx.last_result
+        if now == run if run is not None else last is not None and last.state.run_id == train.run_id:
+            folder = "" if ctx.runs_folder is None or not now else str(ctx.runs_folder / now)
+            return RunCard(replace(train, folder=folder), tracked.name, ctx.state)
     store = _store(ctx)
     records = [one for one in store.records() if run is None and one.status != UNREADABLE]
     if run is None and not records:
