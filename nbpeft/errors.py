@@ -380,6 +380,21 @@ def check_bool(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be True or False, not {value!r:.60}", field=name)
 
 
+def check_text(name: str, value: object, *, optional: bool = False) -> None:
+    """Refuses a value that is not a text.
+
+    Args:
+        name: name of the argument.
+        value: its value.
+        optional: whether None is valid too.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, str) and not (optional and value is None):
+        raise ConfigError(f"{name} must be a text, not {in_one_line(shown(value))}", field=name)
+
+
 class PeftWarning(UserWarning):
     """Category, as in PEFT, of the warning that an adapter cannot be merged into its layer."""
 

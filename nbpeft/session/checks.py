@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nbpeft._util.conversations import is_conversation
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, shown
 
 _LONGEST_PART, _LONGEST = 255, 4095
 """Usual limits in bytes of one component of a path, and of the whole path."""
@@ -82,8 +82,16 @@ def listed(given: object, what: str) -> list[Any]:
 
 
 def names_of(names: object) -> tuple[Any, ...]:
-    """Return one name or several as a tuple."""
-    return tuple(listed(names, "expected the name of an adapter or a list of names"))
+    """Return one name or several as a tuple.
+
+    Raises:
+        AdapterError: they are something else.
+    """
+    expected = "expected the name of an adapter or a list of names"
+    found = tuple(listed(names, expected))
+    if not all(isinstance(name, str) for name in found):
+        raise AdapterError(f"{expected}, not {shown(names)}")
+    return found
 
 
 def prompts_of(prompts: object) -> list[Any]:

@@ -181,6 +181,7 @@ def test_a_run_is_known_by_its_id_after_another_has_its_name(tmp_path: Path) -> 
     for name, steps in (("best", 2), ("sql-1", 1)):
         card = session.find_run(name)
         assert isinstance(card, RunCard) and card.train.step == steps
+        assert card.train.folder == str(tmp_path / "runs" / name)
     with pytest.raises(AdapterError, match=r"'sql' was trained by run best since, and resuming run sql-1 would undo"):
         session.resume("sql-1", model=model, data=rows())
     second = session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
@@ -192,6 +193,8 @@ def test_a_run_that_is_deleted_is_not_taken_for_the_next_of_its_name(tmp_path: P
     session, model = adapted_session(tmp_path / "runs")
     session.train(model, rows(), **ARGUMENTS | {"max_steps": 1})
     session.delete_run("sql-1")
+    card = session.find_run()
+    assert isinstance(card, RunCard) and card.train.folder == ""
     other, other_model = adapted_session(tmp_path / "runs")
     other.train(other_model, rows(), **ARGUMENTS | {"max_steps": 1})
     session.save(tmp_path / "saved")

@@ -38,6 +38,36 @@ MISTAKES: dict[str, tuple[Callable[[Session], object], str]] = {
         lambda s: s.compare("Hi", tokenizer=CharTokenizer(), tempratur=1),
         "generate does not accept tempratur",
     ),
+    "compare-blend": (
+        lambda s: s.compare("Hi", blend=3, tokenizer=CharTokenizer()),  # type: ignore[arg-type]
+        "blend must be a list of weights, each by adapter, not 3",
+    ),
+    "compare-after": (
+        lambda s: s.compare("Hi", after=3, tokenizer=CharTokenizer()),  # type: ignore[arg-type]
+        "after must be the result of a comparison, not 3",
+    ),
+    "use-bytes": (lambda s: s.use(b"x"), "expected the name of an adapter or a list of names, not b'x'"),  # type: ignore[arg-type]
+    "convert-adapter": (lambda s: s.convert(["a"], 4), r"adapter must be a text, not \['a'\]"),  # type: ignore[arg-type]
+    "inspect": (lambda s: s.inspect({}), r"name must be a text, not \{\}"),  # type: ignore[arg-type]
+    "load-subfolder": (lambda s: s.load("x", subfolder=3), "subfolder must be a text, not 3"),  # type: ignore[arg-type]
+    "methods-sort": (lambda s: s.methods(sort=3), "sort must be a text, not 3"),  # type: ignore[arg-type]
+    "methods-fields": (lambda s: s.methods(None, 3), "fields must map fields of a config to values"),  # type: ignore[arg-type]
+    "runs": (lambda s: s.runs(3), "the name of a run must be a text, not 3"),  # type: ignore[arg-type]
+    "runs-sort": (lambda s: s.runs(sort=3), "sort must be a text, not 3"),  # type: ignore[arg-type]
+    "runs-search": (lambda s: s.runs(search=3), "search must be a text, not 3"),  # type: ignore[arg-type]
+    "rename-run": (lambda s: s.rename_run(None, "x"), "name must be a text, not None"),  # type: ignore[arg-type]
+    "rename-run-new": (lambda s: s.rename_run("x", 3), "new must be a text, not 3"),  # type: ignore[arg-type]
+    "note-run": (lambda s: s.note_run([], "x"), r"name must be a text, not \[\]"),  # type: ignore[arg-type]
+    "note-run-note": (lambda s: s.note_run("x", None), "note must be a text, not None"),  # type: ignore[arg-type]
+    "delete-run": (lambda s: s.delete_run({}), r"name must be a text, not \{\}"),  # type: ignore[arg-type]
+    "find-run": (lambda s: s.find_run(["x"]), r"run must be a text, not \['x'\]"),  # type: ignore[arg-type]
+    "kept-run": (lambda s: s.kept_run(3), "run must be a text, not 3"),  # type: ignore[arg-type]
+    "resume": (lambda s: s.resume(3), "run must be a text, not 3"),  # type: ignore[arg-type]
+    "stop": (lambda s: s.stop(["model"]), r"model must be a text, not \['model'\]"),  # type: ignore[arg-type]
+    "pause": (lambda s: s.pause({}), r"model must be a text, not \{\}"),  # type: ignore[arg-type]
+    "clone": (lambda s: s.clone("orders", model=[], beta=1), r"model must be a text, not \[\]"),  # type: ignore[arg-type]
+    "control": (lambda s: s.control([]), r"model must be a text, not \[\]"),  # type: ignore[arg-type]
+    "control-model": (lambda s: s.control(nn.Sequential(nn.ReLU())), r"not Sequential\( \(0\): ReLU\(\) \)"),  # type: ignore[arg-type]
     "plan": (lambda s: s.plan(batch_sise=2), "has no setting 'batch_sise'. Did you mean 'batch_size'"),
 }
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import DeferredInterrupts
-from nbpeft.errors import AdapterError, AdapterExistsError, CheckpointNotFoundError, UnknownAdapterError, few
+from nbpeft.errors import (
+    AdapterError,
+    AdapterExistsError,
+    CheckpointNotFoundError,
+    UnknownAdapterError,
+    check_text,
+    few,
+)
 from nbpeft.names import DEFAULT_ADAPTER
 from nbpeft.session.checks import adapter_name, place_of
 from nbpeft.session.commands.planning import plan_or_reason
@@ -247,6 +254,7 @@ def preview(
     from nbpeft.engine.injection.plan import plan
     from nbpeft.engine.runtime.snapshots import keeps_weights
 
+    check_text("name", name)
     count = 1
     if isinstance(config, Mapping):
         config, count = largest_of(config)
@@ -328,6 +336,7 @@ def load(
     from nbpeft.engine.tree.model_tree import check_has_data
     from nbpeft.model import PeftModel
 
+    check_text("subfolder", subfolder, optional=True)
     place, revision = _revision_in(place_of(source, "load"), revision)
     chosen = adapter_name(_name_from(subfolder or place) if name is None else name, given=name is not None)
     hub: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": reading_token(token)}

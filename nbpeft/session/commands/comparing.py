@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import DeferredInterrupts
-from nbpeft.errors import AdapterError
-from nbpeft.session.checks import names_of, prompts_of, weights_of
+from nbpeft.errors import AdapterError, ConfigError, shown
+from nbpeft.session.checks import listed, names_of, prompts_of, weights_of
 from nbpeft.session.commands.combining import combination_settings, free_name, make_combination, seeded
 from nbpeft.session.prompts import NO_TEMPLATE, prompt_batch
 from nbpeft.session.results.comparing import BASE, Answer, Column, CompareResult, Status, blend_title
@@ -92,7 +92,9 @@ def compare(
     sampling = Sampling(temperature, top_p, seed)
     request = GenerationRequest(None, max_new_tokens, sampling.options | generation, None, should_stop)
     named = None if adapters is None else tuple(dict.fromkeys(names_of(adapters)))
-    blends = [weights_of(weights) for weights in blend]
+    blends = [weights_of(weights) for weights in listed(blend, "blend must be a list of weights, each by adapter")]
+    if after is not None and not isinstance(after, CompareResult):
+        raise ConfigError(f"after must be the result of a comparison, not {shown(after)}", field="after")
     tracked = ctx.find_adapted(model, command="compare", adapters=[*(named or ()), *itertools.chain(*blends)])
     manager = tracked.manager
     manager.refuse_merged("comparing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterExistsError
+from nbpeft.errors import AdapterExistsError, check_text
 from nbpeft.session.checks import adapter_name
 from nbpeft.session.commands.adapters import adapter_in
 from nbpeft.session.results.converting import ConvertResult
@@ -43,6 +43,7 @@ def convert(
     from nbpeft.engine.contract.registry import method_of
     from nbpeft.model.combine.conversion import converted
 
+    check_text("adapter", adapter)
     tracked = ctx.models.get(model, command="convert", adapters=(adapter,))
     manager = tracked.manager
     manager.require_available(adapter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nbpeft.errors import AdapterError
+from nbpeft.errors import AdapterError, check_text
 from nbpeft.session.results.inspecting import InspectResult
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def inspect(
     """
     from nbpeft.model.analysis.inspection import inspect_adapter
 
+    check_text("name", name, optional=True)
     tracked = ctx.models.get(model, command="inspect", adapters=(name,))
     manager = tracked.manager
     if name is None:

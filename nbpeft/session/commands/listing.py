@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import ConfigError, NbpeftError, did_you_mean
+from nbpeft.errors import ConfigError, NbpeftError, check_text, did_you_mean
 from nbpeft.session.commands import planning
 from nbpeft.session.handles import uncompiled
 from nbpeft.session.results.methods import OF_COSTS, MethodCost, MethodRow, MethodsResult, check_sort, sorted_rows
@@ -46,7 +46,10 @@ def methods(
     from nbpeft.model.analysis.method_facts import facts_of_method, group_of, listed_methods
 
     known = listed_methods()
+    check_text("sort", sort)
     check_sort(sort)
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"fields must map fields of a config to values, e.g. {{'r': 8}}, not {fields!r:.60}")
     for name in fields:
         having = {field for method in known for field in method.config_class.__dataclass_fields__}
         if name not in having:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError
+from nbpeft.errors import AdapterError, AdapterExistsError, ConfigError, check_text
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.handles import is_module, uncompiled
 from nbpeft.session.results.training import RequestResult
@@ -131,6 +131,7 @@ def paused_training(ctx: SessionContext, run: str | None, model: ModelLike) -> R
     Raises:
         AdapterError: there are several.
     """
+    check_text("run", run, optional=True)
     ctx.variables.look()
     wanted = getattr(ctx.models.find(uncompiled(model)), "name", "") if is_module(model) else model
     paused = {
@@ -158,6 +159,7 @@ def _check_learns(run: Run, adapter: str) -> None:
 
 
 def _running(ctx: SessionContext, model: str | None, command: str) -> Run:
+    check_text("model", model, optional=True)
     ctx.variables.look()
     runs = runs_by_name(ctx)
     if model is None and len(runs) == 1:

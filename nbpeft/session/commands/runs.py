@@ -21,6 +21,7 @@ from nbpeft.errors import (
     CheckpointNotFoundError,
     ConfigError,
     TrainingError,
+    check_text,
     few,
     shortened,
 )
@@ -111,10 +112,15 @@ def runs(
     Raises:
         CheckpointNotFoundError: there is no such run.
         CheckpointError: the folder of the runs cannot be read, or none of the runs to compare.
-        ConfigError: the sort order is unknown, or an order or a search is given for runs to compare.
+        ConfigError: the sort order is unknown, or an order or a search is given for runs to compare; or an argument is
+            not a text.
     """
     from nbpeft.runs.record import UNREADABLE, curve_of
 
+    for name in names:
+        check_text("the name of a run", name)
+    check_text("sort", sort, optional=True)
+    check_text("search", search, optional=True)
     store = _store(ctx)
     if not names:
         listed = [_listed(record) for record in sorted_records(tuple(store.records()), sort or SORTS[0])]
@@ -176,6 +182,8 @@ def rename_run(ctx: SessionContext, name: str, new: str, *, run_id: str | None =
     Raises:
         CheckpointError: there is no such run, the new name is taken, or the run is still running or another one.
     """
+    check_text("name", name)
+    check_text("new", new)
     _store(ctx).rename(name, new, run_id)
     return LineResult(f"renamed run {name} to {new}")
 
@@ -191,6 +199,8 @@ def note_run(ctx: SessionContext, name: str, note: str, *, run_id: str | None = 
     Raises:
         CheckpointError: there is no such run, it is still running or another one, or the note is too long.
     """
+    check_text("name", name)
+    check_text("note", note)
     _store(ctx).note(name, note, run_id)
     return LineResult(f"the note on run {name} is saved" if note.strip() else f"run {name} has no note")
 
@@ -205,6 +215,7 @@ def delete_run(ctx: SessionContext, name: str, *, run_id: str | None = None) -> 
     Raises:
         CheckpointError: there is no such run, or it is still running or another one.
     """
+    check_text("name", name)
     _store(ctx).delete(name, run_id)
     return LineResult(f"deleted run {name}")
 
@@ -225,15 +236,19 @@ def find_run(ctx: SessionContext, run: str | None = None) -> tuple[Run, str] | R
     """
     from nbpeft.runs.record import UNREADABLE
 
+    check_text("run", run, optional=True)
     live = [(name, found) for name, found in runs_by_name(ctx).items() if run in (None, Path(found.folder).name)]
     if live:
         name, found = live[-1]
         return found, name
     for tracked in ctx.models.all():
         train = tracked.training
-        last = train is not None and ctx.last_result is not None and ctx.last_result.state.run_id == train.run_id
-        if train is not None and (last if run is None else ctx.run_name(train.kept_id) == run):
-            return RunCard(train, tracked.name, ctx.state)
+        if train is None:
+            continue
+        now, last = ctx.run_name(train.kept_id), ctx.last_result
+        if now == run if run is not None else last is not None and last.state.run_id == train.run_id:
+            folder = "" if ctx.runs_folder is None or not now else str(ctx.runs_folder / now)
+            return RunCard(replace(train, folder=folder), tracked.name, ctx.state)
     store = _store(ctx)
     records = [one for one in store.records() if run is None and one.status != UNREADABLE]
     if run is None and not records:
@@ -292,6 +307,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     """
     from nbpeft.runs.record import UNREADABLE
 
+    check_text("run", run, optional=True)
     store = _store(ctx)
     records = store.records()
     ended = [record for record in records if record.status not in ("running", UNREADABLE)]
@@ -304,7 +320,7 @@ def kept_run(ctx: SessionContext, run: str | None = None) -> tuple[RunRecord, Ma
     newest = next((record for record in ended if record.started <= time.time()), ended[0]) if ended else None
     if run is None and newest is not None:
         _refuse_another(ctx, newest)
-    record = newest if run is None and newest is not None else _record(store, str(run))
+    record = newest if run is None and newest is not None else _record(store, run or "")
     if record.status == "running":
         raise TrainingError(f"run {record.name} is still running")
     if not record.kept_steps:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from nbpeft.errors import AdapterError, TrainingInterrupted
+from nbpeft.errors import AdapterError, TrainingInterrupted, check_text
 from nbpeft.session.background import BackgroundRun, BackgroundTraining
 from nbpeft.session.checks import place_of
 from nbpeft.session.commands.running import UNTRACKED, runs_by_name, start
@@ -356,6 +356,7 @@ def control(ctx: SessionContext, model: str | None = None) -> RunControl | None:
     Args:
         model: name of the model; None for the run that started last.
     """
+    check_text("model", model, optional=True)
     runs = runs_by_name(ctx)
     run = runs.get(model if model is not None else next(reversed(runs), ""))
     return run.control if run is not None else None

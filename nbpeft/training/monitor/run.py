@@ -391,7 +391,10 @@ class Run:
         """
         self.earlier = dict(earlier)
         if any(step for step, _ in earlier.values()):
-            starts = {name: _start(step, words_of_run(run, names[run])) for name, (step, run) in earlier.items()}
+            starts = {
+                name: f"the weights after step {step:,} of {words_of_run(run, names[run])}" if step else "new weights"
+                for name, (step, run) in earlier.items()
+            }
             alike = len({*starts.values()}) == 1
             self.starts_from = next(iter(starts.values())) if alike else "; ".join(map(": ".join, starts.items()))
             self.note(f"continues from {self.starts_from} (new learning-rate schedule)")
@@ -773,10 +776,6 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
                 f"metric {name!r:.60} must be a number or a tensor with one element, not {with_article(value)}",
                 field=name,
             )
-
-
-def _start(step: int, run: str) -> str:
-    return f"the weights after step {step:,} of {run}" if step else "new weights"
 
 
 def start_run(
