@@ -50,6 +50,7 @@ from nbpeft.training.sweep.members import SideBySide, kept_of
 from nbpeft.training.sweep.rows import with_own_rows
 from nbpeft.training.transformers.arguments import build_arguments
 from nbpeft.training.transformers.trainer import Trainer
+from nbpeft.training.transformers.unused_fields import Beside, unused_fields
 from nbpeft.training.watching.generation import Prompt
 from nbpeft.training.watching.prompts import SamplePrompts
 
@@ -242,6 +243,8 @@ def run_training(request: TrainRequest) -> TrainResult:
                 if objective.rows:
                     request = replace(request, reference=chosen_reference(request, learned))
                 rows_note = _note(run, request, objective, rows, settings)
+                beside = Beside(evaluates, scorer is not None, bool(request.track), launch is not None)
+                run.note(unused_fields(request.arguments, settings, beside))
                 kept = given | fields | request.kept() | kept_of(request.members)
                 kept.pop("resume_from_checkpoint", None)
                 if launch is not None:

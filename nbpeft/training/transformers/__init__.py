@@ -10,6 +10,8 @@ Door, what other rooms import:
                           chunks
     trainer_patch.py      The one place where nbpeft changes other libraries: they accept its models and configs like
                           PEFT's
+    unused_fields.py      Fields of the arguments class that a training does not use, because of what is given beside
+                          them
 
 Inside:
 

@@ -25,13 +25,18 @@ from nbpeft.training.transformers.argument_source import NOTEBOOK_DEFAULTS, OTHE
 _GIVEN_BY_TRAIN = {"self", "model", "args", "train_dataset", "eval_dataset", "processing_class", "model_init", "kwargs"}
 
 _LEAST = {
-    "learning_rate": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), 0),
+    **dict.fromkeys(("label_smoothing_factor", "neftune_noise_alpha", "warmup_steps", "warmup_ratio", "eval_delay"), 0),
+    **dict.fromkeys(("dataloader_num_workers", "seed"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("eval_accumulation_steps", "save_total_limit", "torch_empty_cache_steps", "ddp_timeout"), 1),
 }
 """The smallest values of fields that the arguments class does not check."""
+_MOST = {"label_smoothing_factor": 1, "warmup_ratio": 1, "seed": 2**32 - 1}
+"""The greatest values of such fields."""
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
+_STEPS = ("logging_steps", "eval_steps", "save_steps")
+"""Fields with a whole number of steps, or a share of all steps."""
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -236,9 +241,8 @@ def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgume
         if kinds and not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_WORDS[kind] for kind in kinds if kind is not type(None))
             raise ConfigError(f"{name} must be {wanted}, not {_shown(value)}", field=name, value=value)
-        least = _LEAST.get(name)
-        if least is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, not {_shown(value)}", field=name, value=value)
+        if value is not None and (wanted := _range_missed(name, value)):
+            raise ConfigError(f"{name} must be {wanted}, not {_shown(value)}", field=name, value=value)
     _check_duration(fields)
     if fields.get("output_dir") == "":
         raise ConfigError("output_dir must be a folder, not ''", field="output_dir")
@@ -246,6 +250,17 @@ def check_values(fields: Mapping[str, Any], arguments_class: type[TrainingArgume
     if mode is not None and mode not in known:
         words = did_you_mean(str(mode), known) or f" It is one of: {', '.join(known)}"
         raise ConfigError(f"torch_compile_mode {mode!r:.60} is unknown.{words}", field="torch_compile_mode")
+
+
+def _range_missed(name: str, value: Any) -> str:
+    """The range of a field that does not contain a value; empty if it does."""
+    if name in _STEPS and not (0 < value < 1 or (value >= 1 and value == int(value))):
+        return "a whole number of at least 1, or a share of all steps between 0 and 1"
+    if name in _LEAST and value < _LEAST[name]:
+        return f"at least {_LEAST[name]}"
+    if name in _MOST and value > _MOST[name]:
+        return f"at most {_MOST[name]}"
+    return "less than 1" if name in _BELOW_ONE and value >= 1 else ""
 
 
 def _check_duration(fields: Mapping[str, Any]) -> None:

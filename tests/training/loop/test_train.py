@@ -363,7 +363,7 @@ def test_one_step_is_one_step():
 
 def test_impossible_arguments_are_one_line():
     with pytest.raises(ConfigError, match="Invalid training arguments") as caught:
-        train(trainable(), token_rows(), eval_strategy="steps", logging_steps=0)
+        train(trainable(), token_rows(), accelerator_config={"x": 1})
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^lr_scheduler_type 'cosin' is unknown\. Did you mean 'cosine'") as caught:
         train(trainable(), token_rows(), lr_scheduler_type="cosin")

@@ -42,7 +42,16 @@ IMPOSSIBLE = [
     ({"optim": "adafactor", "optim_args": "x"}, "The run cannot start with these arguments: "),
     ({"lr_scheduler_kwargs": {"x": 1}}, "The run cannot start with these arguments: "),
     ({"lr_scheduler_kwargs": 5}, "lr_scheduler_kwargs must be a dictionary or a text, not 5"),
-    ({"adam_beta1": 5}, "The run cannot start with these arguments: Invalid beta"),
+    ({"adam_beta1": 5}, "adam_beta1 must be less than 1, not 5"),
+    ({"adam_beta2": -0.5}, "adam_beta2 must be at least 0, not -0.5"),
+    ({"weight_decay": -1}, "weight_decay must be at least 0, not -1"),
+    ({"label_smoothing_factor": 2}, "label_smoothing_factor must be at most 1, not 2"),
+    ({"logging_steps": -1}, "logging_steps must be a whole number of at least 1, or a share of all steps between"),
+    ({"eval_steps": 1.5}, "eval_steps must be a whole number of at least 1, or a share of all steps between"),
+    ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be at least 0, not -1"),
+    ({"max_grad_norm": -1}, "max_grad_norm must be at least 0, not -1"),
+    ({"save_total_limit": 0}, "save_total_limit must be at least 1, not 0"),
+    ({"seed": -1}, "seed must be at least 0, not -1"),
     ({"log_level": "x"}, "Trainer refuses these arguments: KeyError: 'x'"),
     ({"accelerator_config": 5}, "accelerator_config must be a dictionary or a text, not 5"),
     ({"accelerator_config": {"x": 1}}, "Invalid training arguments: "),
@@ -102,8 +111,8 @@ def test_adapters_that_were_off_are_off_again(model: Any) -> None:
     model.manager.unmerge()
     model.manager.disable()
     before = state_of(model)
-    with pytest.raises(ConfigError, match="Invalid beta"):
-        train(model, token_rows(4), adapter="b", max_steps=1, adam_beta1=5)
+    with pytest.raises(ConfigError, match="cannot start"):
+        train(model, token_rows(4), adapter="b", max_steps=1, lr_scheduler_kwargs={"x": 1})
     assert state_of(model) == before
     train(model, token_rows(4), adapter="b", max_steps=1)
     assert model.manager.enabled and model.manager.active == ("b",)
