@@ -36,7 +36,7 @@ from nbpeft.engine.contract.adapter import AddsTogether, ReplacesCall
 from nbpeft.engine.contract.base import BaseLayer
 from nbpeft.engine.contract.method_records import OwnKinds, SharedTensors
 from nbpeft.engine.contract.registry import register
-from nbpeft.engine.kernels.numerics import composes
+from nbpeft.engine.kernels.numerics import composes, compute_dtype
 from nbpeft.engine.methods.lora.attention import AttentionLoRA
 from nbpeft.engine.methods.lora.config import LoraConfig
 from nbpeft.engine.methods.lora.family import FAMILY, listing
@@ -87,7 +87,10 @@ class LoRA(LowRankProduct, ReplacesCall, AddsTogether):
     def added(
         cls, adapters: Sequence[Any], scales: Sequence[float], x: Tensor, output: Tensor, base: BaseLayer
     ) -> Tensor | None:
-        """The product of the factors of all adapters, joined along the rank; None unless all are plain products."""
+        """The product of the factors of all adapters, joined along the rank; None unless all are plain products.
+
+        Adapters with different scalings are not joined in float16, in which B times a small scaling loses digits.
+        """
         if composes() or not base.kind.is_linear:
             return None
         parts, factors = [], []
@@ -100,6 +103,8 @@ class LoRA(LowRankProduct, ReplacesCall, AddsTogether):
         if len({(part.dtype, part.device) for pair in parts for part in pair}) > 1 or parts[0][0].device != x.device:
             return None
         alike = all(type(factor) is float and factor == factors[0] for factor in factors)
+        if not alike and compute_dtype(x, parts[0][0]) == torch.float16:
+            return None
         lora_B = [B if alike else B * factor for (_, B), factor in zip(parts, factors, strict=True)]
         joined = torch.cat([lora_A for lora_A, _ in parts]), torch.cat(lora_B, 1), factors[0] if alike else 1.0
         return low_rank_linear(x, joined, 0.0, output)

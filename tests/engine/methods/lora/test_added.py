@@ -89,6 +89,36 @@ def test_they_are_computed_in_one_pass_and_with_the_scale_of_each() -> None:
     assert not torch.equal(model(x), before)
 
 
+def per_adapter(model: Any, scalings: tuple[float, ...], x: Tensor) -> Tensor:
+    """The sum of the deltas in float64."""
+    adapters = [model.base_model.model[0].adapters[name] for name in NAMES]
+    wide = [[factor.double() for factor in adapter.own_factors] for adapter in adapters]
+    parts = [x.double() @ A.T @ B.T * scaling for (A, B), scaling in zip(wide, scalings, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("scalings", [(1e-4, 2e-4, 5e-5), (1.0, 1e-4, 1e-3), (0.5, 300.0, 1e-4), (1e-4,) * 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_and_large_scalings_keep_their_digits_in_float16(scalings: tuple[float, ...], autocast: bool) -> None:
+    """As close to float64 as PEFT's products of one adapter after the other."""
+    model = adapted(lambda: nn.Linear(64, 48, bias=False))
+    layer = model.base_model.model[0]
+    nn.init.zeros_(layer.base_layer.weight)
+    for name, scaling in zip(NAMES, scalings, strict=True):
+        layer.adapters[name].scaling = scaling
+        layer.adapters[name].own_factors[1].data.mul_(0.1)
+    model.to(torch.float32 if autocast else torch.float16)
+    x = 30 * torch.randn(200, 64, dtype=torch.float32 if autocast else torch.float16)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast):
+        ours = model(x).double()
+        peft = torch.zeros(200, 48, dtype=torch.float16)
+        for name, scaling in zip(NAMES, scalings, strict=True):
+            lora_A, lora_B = (factor.half() for factor in layer.adapters[name].own_factors)
+            peft = peft + x.half() @ lora_A.T @ lora_B.T * scaling
+    exact = per_adapter(model, scalings, x)
+    assert (ours - exact).norm() <= 1.5 * (peft.double() - exact).norm()
+
+
 @pytest.mark.parametrize("reason", ["dropout", "hook", "bias", "dtypes", "another method"])
 def test_others_are_added_one_after_the_other(reason: str) -> None:
     fields: dict[str, dict[str, Any]] = {
