@@ -324,7 +324,7 @@ def unused_patterns(config: Any, names: Sequence[str], paths: Sequence[str]) -> 
             hint = did_you_mean(unused[0], last_names) if len(unused) == 1 else ""
             parts.append(
                 f"{name} [{few(unused)}] did not match any targeted module and "
-                f"{'is' if len(unused) == 1 else 'are'} ignored.{hint}"
+                f"{'has' if len(unused) == 1 else 'have'} no effect.{hint}"
             )
     return " ".join(parts)
 

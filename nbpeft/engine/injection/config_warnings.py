@@ -44,6 +44,20 @@ def warn_of_uncalled(sites: Sequence[Site], adapted: Set[str]) -> None:
             return
 
 
+def warn_of_both(config: AdapterConfig) -> None:
+    """Warns of modules that are named as targets and as modules to train as a whole: they get no adapter."""
+    targets = getattr(config, "target_modules", None)
+    named = () if targets is None or isinstance(targets, str) else targets
+    both = sorted({*named} & {*(getattr(config, "modules_to_save", None) or ())})
+    if both:
+        one = len(both) == 1
+        warnings.warn(
+            f"{few(both)} {'is' if one else 'are'} in target_modules and in modules_to_save: trained as a whole, "
+            f"{'it gets' if one else 'they get'} no adapter",
+            stacklevel=4,
+        )
+
+
 def warn_of_ensured(tied: Collection[str], changed: Set[str]) -> None:
     """Warns if ``ensure_weight_tying`` has no effect.
 

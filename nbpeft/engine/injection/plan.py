@@ -49,6 +49,7 @@ from nbpeft.engine.injection.config_warnings import (
     guessed_heads,
     missing_head_message,
     warn_about_config,
+    warn_of_both,
     warn_of_ensured,
     warn_of_experts,
     warn_of_experts_along,
@@ -134,6 +135,7 @@ def plan(
         raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = (*matcher.missing(), *named.missing())
     _warn_of_unmatched(matcher, named, sites, strict=not allow_missing)
+    warn_of_both(config)
     unused_exclude = _excludes_nothing(matcher, model, sites)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)

@@ -62,10 +62,21 @@ def test_patterns_that_match_nothing_are_named(name: str, patterns: dict[str, in
             plan(Model(), settings(**{name: patterns}), allow_missing=False)
         return
     message = re.escape(f"{name} [{', '.join(map(repr, unused))}] did not match any targeted module")
+    message += " and (has|have) no effect"
     with pytest.warns(RuntimeWarning, match=message):
         plan(Model(), settings(**{name: patterns}))
     with pytest.raises(TargetError, match=message):
         plan(Model(), settings(**{name: patterns}), allow_missing=False)
+
+
+def test_a_module_that_is_adapted_and_trained_as_a_whole_is_told() -> None:
+    both = r"^'second' is in target_modules and in modules_to_save: trained as a whole, it gets no adapter$"
+    with pytest.warns(UserWarning, match=both):
+        made = plan(Model(), settings(modules_to_save=["second"]))
+    assert list(made.copies) == ["second"] and [target.path for target in made.targets] == ["first"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(Model(), settings(target_modules="all-linear", modules_to_save=["second"]))
 
 
 def test_the_near_name_is_told() -> None:

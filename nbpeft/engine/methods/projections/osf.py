@@ -90,7 +90,8 @@ class OSFConfig(LayersConfig):
 
     def unused_patterns(self, paths: Sequence[str]) -> str:
         unused = [one for one in self.rank_pattern or () if not any(re.search(one, path) for path in paths)]
-        return f"rank_pattern [{few(unused)}] is found in no targeted module and is ignored." if unused else ""
+        effect = "has no effect" if len(unused) == 1 else "have no effect"
+        return f"rank_pattern [{few(unused)}] did not match any targeted module and {effect}." if unused else ""
 
     def kept_at(self, path: str, shape: Sequence[int]) -> int:
         """How many directions of a weight are kept.
