@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from nbpeft.errors import CellError, did_you_mean, near, with_article
-from nbpeft.magics.tokenize import Word, folder, own_names, reference, tokenize
+from nbpeft.magics.tokenize import Word, folder, option_value, own_names, reference, tokenize
 from nbpeft.names import RENAMED
 from nbpeft.session.fields import meant_field
 from nbpeft.session.handles import is_module
@@ -147,7 +147,9 @@ class LineParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.command = command
+        self._words: Sequence[str] = ()
         self.register("action", None, _Once)
+        self.register("type", None, _plain)
         self.register("type", int, _whole)
         self.register("type", float, _number)
         for item in command.arguments:
@@ -166,6 +168,9 @@ class LineParser(argparse.ArgumentParser):
         refused = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
         choices = [name.strip("'") for name in refused[2].split(", ")] if refused else []
         hint = did_you_mean(refused[1], choices) if refused else ""
+        dashed = next((word for word in self._words if self._is_unknown(word)), "") if " expected " in message else ""
+        if dashed:
+            hint = f' A value that begins with a dash is put in quotes: "{dashed:.60}"'
         ending = f".{hint}" if hint else f"; see {self.prog} --help"
         raise CellError(f"{self.prog}: {message.removeprefix('argument ')}{ending}")
 
@@ -175,6 +180,7 @@ class LineParser(argparse.ArgumentParser):
         Raises:
             CellError: an argument is unknown, missing or invalid.
         """
+        self._words = words
         options, unknown = self.parse_known_args(list(words))
         vars(options).pop(_GIVEN, None)
         if not unknown:
@@ -196,6 +202,15 @@ class LineParser(argparse.ArgumentParser):
                 hint = f" A field is set without dashes: {named_field or word:.60}=…"
             raise CellError(f"{self.prog} has no option {first:.60}.{hint or self._usage}")
         raise CellError(f"{self.prog}: unexpected argument {first!r:.60}.{self._usage}")
+
+    def _parse_optional(self, arg_string: str) -> Any:
+        """The option that a word names, as argparse finds it; text in quotes names none."""
+        return None if isinstance(arg_string, Quoted) else super()._parse_optional(arg_string)
+
+    def _is_unknown(self, word: str) -> bool:
+        """Whether a word is read as an option and the command has none of that name."""
+        known = {flag for item in self.command.arguments for flag in item.flags}
+        return word.startswith("-") and not isinstance(word, Quoted) and word.partition("=")[0] not in known
 
     @property
     def _example(self) -> str:
@@ -432,7 +447,7 @@ def expand(word: Word, namespace: Mapping[str, Any]) -> str:
             raise CellError(message, column=word.start)
         if not word.quoted and _NAMED.search(word.text):
             return Verbatim(_NAMED.sub(lambda found: _text_of(found[1], found[0], word, namespace), word.text))
-        return word.text
+        return Quoted(word.text) if word.quoted and not option_value(word.text) else word.text
     name, rest = match
     value = namespace.get(name)
     if _has_messages(value) and not (head or rest):
@@ -459,6 +474,10 @@ def _has_messages(value: object) -> bool:
 
 class Expression(str):
     """Text without quotes that begins with a variable of the notebook, such as ``rows[0]``: it can be evaluated."""
+
+
+class Quoted(str):
+    """Text that was in quotes: a value, even if it begins with a dash."""
 
 
 class Verbatim(str):
@@ -554,6 +573,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or len(text) > _DIGITS or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r:.60}")
     return int(text)
+
+
+def _plain(text: str) -> str:
+    """The text of a value; whether it was in quotes no longer matters."""
+    return str(text) if isinstance(text, Quoted) else text
 
 
 def _whole(text: str) -> int:

@@ -53,6 +53,11 @@ def folder(text: str) -> tuple[str, str] | None:
     return match.group(1) or match.group(2), text[match.end() :]
 
 
+def option_value(text: str) -> bool:
+    """Whether a text is an option with its value, ``--name=value``."""
+    return _OPTION_VALUE.match(text) is not None
+
+
 def own_names(namespace: Iterable[str]) -> list[str]:
     """The user's own variable names, as suggestions for a name that is not defined."""
     return [name for name in namespace if not name.startswith("_") and name not in _SHELL]

@@ -194,6 +194,20 @@ def test_an_option_is_given_once(name: str) -> None:
             parse_arguments(command, name, tokenize(f"m {flag} {value} {flag} {value}"), {})
 
 
+def test_text_in_quotes_is_a_value_even_if_it_begins_with_a_dash() -> None:
+    assert parsed("runs --note sql-1 '-10%'").options.note == ["sql-1", "-10%"]
+    assert parsed("runs --note sql-1 '--sort'").options.note == ["sql-1", "--sort"]
+    assert parsed("ask '-x'").options.prompt == "-x"
+    note = parsed("runs --note sql-1 '-x'").options.note
+    assert [type(word) for word in note] == [str, str]
+    options = parsed('runs --search="-a b" --sort name').options
+    assert (options.search, options.sort) == ("-a b", "name")
+    with pytest.raises(
+        CellError, match=r'expected 2 arguments\. A value that begins with a dash is put in quotes: "-x"$'
+    ):
+        parsed("runs --note sql-1 -x")
+
+
 def test_a_column_is_named_once() -> None:
     line = "rows --columns prompt=q prompt=r"
     with pytest.raises(CellError, match=r"^--columns: prompt is given twice: q and r$"):

@@ -244,11 +244,18 @@ def test_runs_are_listed_sorted_compared_renamed_and_deleted(bare: Notebook, pla
     bare.do('%lora runs --note sql-1 "a low rate"')
     assert [record.name for record in bare.do("%lora runs --search low").records] == ["sql-1"]
     assert "a low rate" in str(bare.do("%lora runs sql-1 sql-2"))
+    bare.do("%lora runs --note sql-1 '-10% lr'")
+    assert bare.do("%lora runs --sort name").records[0].note == "-10% lr"
     for line, told in (
         ("--rename sql-1 slow --delete sql-2", "--delete is used alone: leave out --rename"),
         (
             "sql-2 --note sql-1 x --sort name",
             "--note is used alone: leave out --sort, runs to compare",
+        ),
+        ("--note sql-1 -10 % lr", "leave out runs to compare (a text of several words is put in quotes)"),
+        (
+            "--note sql-1 -10% lr",
+            '--note: expected 2 arguments. A value that begins with a dash is put in quotes: "-10%"',
         ),
         ("sql-2 --folder elsewhere", "--folder is used alone: leave out runs to compare"),
         ("sql-1 sql-2 --sort name", "sort is for the list of all runs"),

@@ -242,7 +242,10 @@ def test_no_token_is_written(store: RunStore) -> None:
     folder = store.create("sql")
     folder.write({"adapter": "sql", "status": "running", "message": f"denied to {token}"}, samples=[{"prompt": token}])
     folder.append({"step": 1, "note": token})
-    assert token not in "".join(path.read_text() for path in folder.path.iterdir())
+    name = made(store)
+    store.note(name, f"pushed with {token}")
+    assert store.find(name).record().note == "pushed with ***"
+    assert token not in "".join(path.read_text() for path in store.place.rglob("*.json*"))
 
 
 def test_old_runs_go_and_the_newest_and_running_stay(store: RunStore) -> None:

@@ -163,6 +163,8 @@ def test_renaming_and_deleting(tmp_path: Path) -> None:
     for name, given in (("sort", "time"), ("search", "rank")):
         with pytest.raises(ConfigError, match=f"{name} is for the list of all runs, and 'best' would be compared"):
             session.runs("best", **{name: given})
+    token = "hf_" + "aB3d" * 8
+    assert str(session.note_run("best", token)) == "the note on run best is saved without its access token or password"
     assert str(session.note_run("best", "")) == "run best has no note"
     assert str(session.delete_run("best")) == "deleted run best"
     assert session.runs().records == ()

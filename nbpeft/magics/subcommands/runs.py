@@ -211,7 +211,8 @@ def _refuse_beside(options: argparse.Namespace) -> None:
     changes, others = ("delete", "rename", "note", "folder"), ("sort", "search")
     changed = [f"--{name}" for name in changes if getattr(options, name) is not None]
     beside = [*changed[1:], *(f"--{name}" for name in others if getattr(options, name) is not None)]
-    beside += ["runs to compare"] if options.names else []
+    texts = " (a text of several words is put in quotes)" if options.note is not None else ""
+    beside += [f"runs to compare{texts}"] if options.names else []
     if changed and beside:
         raise CellError(f"{changed[0]} is used alone: leave out {few(beside, quoted=False)}")
 

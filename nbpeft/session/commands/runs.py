@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbpeft._util.interrupts import DeferredInterrupts
 from nbpeft._util.paths import from_here
+from nbpeft.confidential import masked
 from nbpeft.errors import (
     AdapterError,
     BaseMismatchError,
@@ -202,7 +203,8 @@ def note_run(ctx: SessionContext, name: str, note: str, *, run_id: str | None = 
     check_text("name", name)
     check_text("note", note)
     _store(ctx).note(name, note, run_id)
-    return LineResult(f"the note on run {name} is saved" if note.strip() else f"run {name} has no note")
+    without = "" if masked(note) == note else " without its access token or password"
+    return LineResult(f"the note on run {name} is saved{without}" if note.strip() else f"run {name} has no note")
 
 
 def delete_run(ctx: SessionContext, name: str, *, run_id: str | None = None) -> LineResult:
