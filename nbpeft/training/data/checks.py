@@ -31,12 +31,14 @@ def check_rows(rows: Any, *, vocabulary: int | None, causal: bool, classes: Clas
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return
-    learned = not causal or classes is not None
+    learned, numbers = not causal or classes is not None, getattr(rows, "numbers", None)
     for index in range(min(len(rows), _CHECKED_ROWS)):
         row = rows[index]
         if not isinstance(row, Mapping) or "input_ids" not in row:
             return
-        check_row(row, index, vocabulary=vocabulary, causal=causal, classes=classes)
+        check_row(
+            row, index if numbers is None else numbers[index], vocabulary=vocabulary, causal=causal, classes=classes
+        )
         learned = learned or _is_learned(row)
     if 0 < len(rows) <= _CHECKED_ROWS and not learned:
         raise TrainingError(

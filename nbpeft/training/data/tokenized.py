@@ -14,8 +14,8 @@ from nbpeft.display.numbers import plural
 from nbpeft.errors import TrainingError
 from nbpeft.names import LOSS_WEIGHTS, REJECTED
 from nbpeft.training.data.classes import Classes
-from nbpeft.training.data.encoding import CodedRow
-from nbpeft.training.data.forms import FOR_CLASSIFIERS, row_of
+from nbpeft.training.data.encoding import CodedRow, count_learned
+from nbpeft.training.data.forms import FOR_CLASSIFIERS, TOKENISED, row_of
 from nbpeft.training.data.left_out import COLUMNS, UnusedParts, kind_of, line_of, named_rows
 from nbpeft.training.data.prompt_formats import SeenFormats
 from nbpeft.training.data.reading import (
@@ -23,6 +23,7 @@ from nbpeft.training.data.reading import (
     MASKS,
     ModelInputs,
     Reading,
+    as_list,
     columns_of,
     reading,
     renamed,
@@ -316,17 +317,43 @@ def _tokens(reader: Reading) -> PreparedRows:
     extra = reader.extra(available)
     unused = UnusedParts()
     unused.add((COLUMNS, repr(name)) for name in extra if name != reader.group)
-    notes = "; ".join(unused.lines())
+    left_out = _unlearned(reader, available)
+    numbers = sorted({*range(len(rows))} - {number for number, _ in left_out}) if left_out else None
+    facts: dict[str, Any] = {"left_out": left_out, "unused": unused.lines(), "numbers": numbers}
+    notes = TokenizedRows((), **facts).notes
+    if numbers is not None:
+        rows = [rows[number] for number in numbers] if listed else rows.select(numbers)
     if not listed:
         if extra and hasattr(rows, "remove_columns"):
             rows = rows.remove_columns(extra)
         if reader.columns:
             rows = _renamed_rows(rows, reader.columns)
-        return PreparedRows(rows, notes)
+        return PreparedRows(rows if numbers is None else TokenizedRows(rows, **facts), notes)
     if extra or reader.columns:
         left = {*extra, *reader.columns.values()} - reader.columns.keys()
         rows = [{name: item for name, item in renamed(row, reader.columns).items() if name not in left} for row in rows]
-    return PreparedRows(TokenizedRows(rows, unused=unused.lines()), notes)
+    return PreparedRows(TokenizedRows(rows, **facts), notes)
+
+
+def _unlearned(reader: Reading, columns: Sequence[str]) -> list[tuple[int, str]]:
+    """The tokenized rows that have labels of which none is learned; of a large dataset, the first ones only.
+
+    If there are no others, ``check_rows`` refuses them.
+    """
+    rows, inputs = reader.rows, reader.inputs
+    name = next((name for name in LABELS if reader.columns.get(name, name) in columns), None)
+    known = isinstance(rows, (list, tuple)) or (hasattr(rows, "select") and not is_stream(rows))
+    if name is None or inputs.has_class or not known:
+        return []
+    column, own = reader.columns.get(name, name), inputs.encoder_decoder or inputs.classes is not None
+    tokens, found = reader.columns.get(TOKENISED, TOKENISED), list[tuple[int, str]]()
+    for number in range(min(len(rows), _READ_THROUGH)):
+        row = rows[number]
+        ids, labels = as_list(row.get(tokens)), as_list(row.get(column))
+        fits = len(labels) == len(ids) or inputs.encoder_decoder  # other rows are refused
+        if labels and fits and not count_learned(labels, own):
+            found.append((number, "nothing to learn"))
+    return found if len(found) < len(rows) else []
 
 
 def _columns_of_all(rows: Any) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,19 @@ def test_rows_without_any_label_to_learn_are_refused(row: dict[str, Any]) -> Non
     ):
         train(trainable(), rows, max_steps=1)
     train(trainable(), [*rows, {"input_ids": [1, 2, 3]}], max_steps=1, per_device_train_batch_size=5)
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+def test_a_row_without_a_label_to_learn_is_left_out_and_named(kind: Any) -> None:
+    good, empty = ({"input_ids": [1, 2, 3], "labels": labels} for labels in ([1, 2, 3], [7, -100, -100]))
+    result = train(trainable(), kind([empty, good, empty, good]), max_steps=2, per_device_train_batch_size=1)
+    assert "2 rows left out: rows 0, 2: nothing to learn" in result.message
+    assert result.status == "finished" and math.isfinite(result.train_loss or math.nan)
+    held = train(trainable(), kind([empty, *[good] * 4]), 2, max_steps=1)
+    assert 0 not in held.held_out and len(held.held_out) == 2
+    bad = {"input_ids": [1, 999], "labels": [1, 2]}
+    with pytest.raises(TrainingError, match=r"^Row 2 has the token id 999"):
+        train(trainable(), kind([empty, good, bad]), max_steps=1)
 
 
 def test_rows_of_every_kind_that_can_be_learned_pass() -> None:
