@@ -30,7 +30,7 @@ from nbpeft.engine.kernels.numerics import composes
 from nbpeft.engine.kernels.recomputed import recompute
 from nbpeft.engine.tree.model_tree import frozen_module, walk
 
-_FORWARD = "forward"
+_FORWARD, _TRAIN = "forward", "train"
 _ACTIVATION_HOMES = ("transformers.activations", "torch.nn.modules.activation")
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
 _ACTIVATION_NAMES = re.compile(r"gelu|silu|swish|mish", re.IGNORECASE)
@@ -59,7 +59,7 @@ class selective_recompute:
     def __init__(self, model: nn.Module, *, verify: bool = True) -> None:
         self._model = model
         self._verify = verify
-        self._changed: list[nn.Module] = []
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self._opened = ExitStack()
 
     def __enter__(self) -> Self:
@@ -68,8 +68,11 @@ class selective_recompute:
                 if self._verify:
                     self._opened.enter_context(grouped_heads(self._model))
                 for module, forward in _replacements(self._model, self._verify):
-                    self._changed.append(module)
-                    module.__dict__[_FORWARD] = forward
+                    self._forwards[module] = module.__dict__[_FORWARD] = forward
+                for module in self._model.modules() if self._forwards else ():
+                    if getattr(module, "use_kernels", False):
+                        module.__dict__[_TRAIN] = _Train(module, self._forwards)
+                        self._opened.callback(module.__dict__.pop, _TRAIN, None)
         except BaseException:
             self._restore()
             raise
@@ -82,8 +85,27 @@ class selective_recompute:
 
     def _restore(self) -> None:
         with DeferredInterrupts(to_the_end=True), self._opened:
-            while self._changed:
-                self._changed.pop().__dict__.pop(_FORWARD, None)
+            while self._forwards:
+                module, forward = self._forwards.popitem()
+                if module.__dict__.get(_FORWARD) is forward:
+                    del module.__dict__[_FORWARD]
+
+
+class _Train:
+    """``train`` of a transformers model that uses ``kernels``: it also sets deleted ``forward``s again.
+
+    When such a model changes between training and evaluation, ``kernels`` chooses a kernel for each of its norms and
+    activations; where it has none, as on a CPU, it deletes the module's own ``forward``.
+    """
+
+    def __init__(self, model: nn.Module, forwards: Mapping[nn.Module, Callable[..., Any]]) -> None:
+        self._train, self._forwards = model.train, forwards
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        model = self._train(mode)
+        for module, forward in self._forwards.items():
+            module.__dict__.setdefault(_FORWARD, forward)
+        return model
 
 
 def _replacements(model: nn.Module, verify: bool) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,6 +281,28 @@ def test_nothing_stays_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_as_before()
 
 
+def test_a_change_of_mode_keeps_it(tmp_path: Path) -> None:
+    """``from_pretrained`` uses ``kernels``, which sets the forwards of norms and activations at a change of mode."""
+    llama().save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert base.use_kernels
+    model = with_lora(base)
+    plain, before = kept_bytes(model), {name: set(vars(module)) for name, module in model.named_modules()}
+    model.eval()
+    with selective_recompute(model):
+        changed = own_forwards(model)
+        least = kept_bytes(model.train())
+        assert changed and own_forwards(model) == changed and least < plain
+        for part in (model.eval(), base.train(), base.eval(), model.train()):
+            assert part in (model, base) and own_forwards(model) == changed
+        with selective_recompute(model):
+            assert kept_bytes(model.eval().train()) == least
+        model.get_submodule(changed[0]).forward = taken = lambda x: x  # a kernel
+    assert own_forwards(model) == [changed[0]] and model.get_submodule(changed[0]).forward is taken
+    del model.get_submodule(changed[0]).forward
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
 def test_a_copy_made_meanwhile_works_and_is_its_own() -> None:
     model = with_lora(llama())
     _, plain = step(model)
@@ -330,7 +353,7 @@ def test_who_watches_or_trains_a_module_sees_it_as_it_is() -> None:
     replaced.forward = lambda x: 2 * x  # type: ignore[method-assign, assignment]
     x = torch.randn(2, 4, requires_grad=True)
     with selective_recompute(nn.Sequential(hooked, trained, replaced)) as running:
-        assert running._changed == [trained]
+        assert [*running._forwards] == [trained]
         assert "Recompute" not in type(trained(x).grad_fn).__name__
         trained.requires_grad_(False)
         assert "Recompute" in type(trained(x).grad_fn).__name__
@@ -415,7 +438,7 @@ def test_an_activation_shared_with_another_mlp_does_not_wait() -> None:
     with selective_recompute(model):
         assert torch.equal(model(x), expected)
     with selective_recompute(nn.Sequential(gated)) as running:
-        assert type(vars(running._changed[0])["forward"]).__name__ == "_GatingForward"
+        assert type(vars(next(iter(running._forwards)))["forward"]).__name__ == "_GatingForward"
 
 
 def test_a_quantized_base_gives_the_same_bits() -> None:
