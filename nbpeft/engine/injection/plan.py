@@ -85,7 +85,12 @@ _CLASSIFIER_HEADS = TASK_HEADS[TaskType.SEQ_CLS]
 
 
 def plan(
-    model: nn.Module, config: AdapterConfig, *, allow_missing: bool = True, replacing: str | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    allow_missing: bool = True,
+    replacing: str | None = None,
+    is_new: bool = True,
 ) -> InjectionPlan:
     """Plans what adding an adapter will change in a model.
 
@@ -94,6 +99,7 @@ def plan(
         config: config of any registered method.
         allow_missing: only warn about targets that match nothing, if others match; False to raise an error.
         replacing: name of an adapter on the model that the new one replaces.
+        is_new: whether the user wrote the config; False if it comes from a file or an adapter on the model.
 
     Returns:
         The plan.
@@ -103,7 +109,8 @@ def plan(
         ConfigError: a value of the config is invalid for a layer.
     """
     method = method_of(config)
-    config = config.on_model(model, lambda other: plan(model, other, allow_missing=allow_missing, replacing=replacing))
+    options: dict[str, Any] = {"allow_missing": allow_missing, "replacing": replacing, "is_new": is_new}
+    config = config.on_model(model, lambda other: plan(model, other, **options))
     model = model if (layer_map := pending_replication(model, config)) is None else replicated(model, layer_map)
     sites = [site._replace(wrapper=None) if only_holds(site.wrapper, replacing) else site for site in walk(model)]
     check_shaped([("the model", model), *((site.path, site.module) for site in sites)])
@@ -135,7 +142,8 @@ def plan(
         raise nothing_matches(matcher, excluded, adaptable_paths(sites))
     missing = (*matcher.missing(), *named.missing())
     _warn_of_unmatched(matcher, named, sites, strict=not allow_missing)
-    warn_of_both(config)
+    if is_new:  # a stored config lists the modules that "all-linear" matched, and heads are among them
+        warn_of_both(config)
     unused_exclude = _excludes_nothing(matcher, model, sites)
     modules = [(site.path, site.module) for site in (*sites, *bare) if site in bare or site.path in adapted]
     warn_about_config(resolved, method.adapter_class, modules, strict=not allow_missing, unused_exclude=unused_exclude)

@@ -401,7 +401,7 @@ class LayerCommands:
         if not target:
             return changed
         paths = {*manager.layers_with(name), path}
-        if {*manager.plan(changed, name).paths} != paths:
+        if {*manager.plan(changed, name, is_new=False).paths} != paths:
             raise ConfigError(
                 f"{path} cannot be added to the targets of {name!r} alone: add an adapter with another name"
             )

@@ -306,9 +306,11 @@ class AdapterManager:
 
     # Adding and removing
 
-    def plan(self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True) -> InjectionPlan:
-        """Plans what ``add`` would do, without changing anything; ``replacing`` names an adapter to be replaced."""
-        return plan(self.model, config, allow_missing=allow_missing, replacing=replacing)
+    def plan(
+        self, config: AdapterConfig, replacing: str | None = None, *, allow_missing: bool = True, is_new: bool = True
+    ) -> InjectionPlan:
+        """Plans what ``add`` would do, without changing anything; the options are those of ``injection.plan``."""
+        return plan(self.model, config, allow_missing=allow_missing, replacing=replacing, is_new=is_new)
 
     def add(
         self,

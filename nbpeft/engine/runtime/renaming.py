@@ -82,7 +82,7 @@ def copy_adapter(manager: Any, name: str, new: str) -> None:
         raise AdapterError(f"adapter {name!r} trains base biases, which cannot belong to two adapters")
     twin, half = weights.copied(), is_half(manager.layers, name)
     there = {*manager.layers_with(name)}  # without layers from which it was deleted
-    plan = manager.plan(manager.configs[name]).on_layers(there)
+    plan = manager.plan(manager.configs[name], is_new=False).on_layers(there)
     manager.add(new, plan, twin, trainable=name not in manager.frozen, half=half)
     manager.set_scale(new, manager.scale(name))
     if name in manager.unsaved:

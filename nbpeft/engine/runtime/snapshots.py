@@ -160,7 +160,7 @@ def restore(manager: AdapterManager, kept: AdapterSnapshot, *, in_place: bool = 
             swap(manager, name, kept.config, kept.weights, grow=True)
         else:
             modes: dict[str, Any] = {"trainable": not kept.frozen, "training": kept.training, "half": kept.half}
-            plan = manager.plan(kept.config, name).on_layers(kept.paths)
+            plan = manager.plan(kept.config, name, is_new=False).on_layers(kept.paths)
             manager.add(name, plan, kept.weights.copied(), replace=True, select=False, **modes)
             manager.place(name, kept.place)
         change.keep(manager.configs)

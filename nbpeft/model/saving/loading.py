@@ -221,7 +221,7 @@ def fitted(
     Raises:
         CheckpointError: the file does not fit.
     """
-    plan = manager.plan(config, name)
+    plan = manager.plan(config, name, is_new=False)
     conversion = checkpoint.key_conversion_of(manager.model)
     settings = {"peft_type": method_of(config).peft_type, "conversion": conversion, **options}
     loaded = checkpoint.from_file(tensors, expected(manager.model, plan), **settings)

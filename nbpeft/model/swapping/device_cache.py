@@ -202,7 +202,7 @@ class DeviceCache:
             MergeError: adapters are merged and remain active.
         """
         overwritten, added = self._matched(to_load, evicted)
-        plans = {name: self._manager.plan(to_load[name].config) for name in added}
+        plans = {name: self._manager.plan(to_load[name].config, is_new=False) for name in added}
         copies = {name: copied for name in evicted if (copied := self._copied(name)) is not None}
         with self._manager.transaction() as change:
             change.on_undo(lambda: self._mark_unchanged(evicted))

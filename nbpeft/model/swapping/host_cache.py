@@ -173,7 +173,7 @@ class AdapterReader:
 
     def _make_layout(self, name: str, config: AdapterConfig) -> _Layout:
         model = self._manager.model
-        plan = self._manager.plan(config)
+        plan = self._manager.plan(config, is_new=False)
         if plan.biases:
             raise AdapterError(
                 f"adapter {name!r} trained the base model's biases (bias={getattr(config, 'bias', None)!r}), which "

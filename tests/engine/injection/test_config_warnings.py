@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from nbpeft.engine.contract.adapter import Adapter, AdapterConfig
 from nbpeft.engine.injection.config_warnings import warn_about_config
 from nbpeft.engine.injection.plan import plan
 from nbpeft.errors import PeftWarning, TargetError
-from nbpeft.model import LoraConfig, get_peft_model
+from nbpeft.model import LoraConfig, PeftModel, get_peft_model
 from tests.closeness import assert_close
 
 
@@ -77,6 +78,21 @@ def test_a_module_that_is_adapted_and_trained_as_a_whole_is_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan(Model(), settings(target_modules="all-linear", modules_to_save=["second"]))
+
+
+def test_a_stored_config_is_not_told_of_what_all_linear_matched(tmp_path: Path) -> None:
+    """As in PEFT's files, ``target_modules`` then lists the head that the task trains as a whole."""
+    base = Model()
+    model = get_peft_model(copy.deepcopy(base), settings(target_modules="all-linear", modules_to_save=["second"]))
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "second" in {*stored["target_modules"]} & {*stored["modules_to_save"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        loaded.load_adapter(tmp_path, "default")
+        loaded.load_adapter(tmp_path, "other")
+    assert loaded.manager.names == ("default", "other")
 
 
 def test_the_near_name_is_told() -> None:
