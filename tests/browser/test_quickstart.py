@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Opener
 from tests.notebooks.support import NOTEBOOKS, shortened
@@ -48,14 +49,19 @@ def test_quickstart(open_notebook: Opener, pictures: Path, app: str, tmp_path: P
         page.run_cell(cells["answer"])
         return page.output_text(cells["answer"])
 
-    page.click("base", cell=cells["panel"])
+    def switch(name: str) -> None:
+        page.click(name, cell=cells["panel"])
+        # JupyterLab sends clicks over a subshell of the kernel, which does not wait for cells, nor they for it.
+        expect(page.button(name, cell=cells["panel"]).first).to_have_class(re.compile(r"\bnbpeft-on\b"))
+
+    switch("base")
     base = answer()
-    page.click("sounds", cell=cells["panel"])
+    switch("sounds")
     sounds = answer()
     assert base != sounds
-    page.click("base", cell=cells["panel"])
+    switch("base")
     assert answer() == base
-    page.click("sounds", cell=cells["panel"])
+    switch("sounds")
     page.screenshot(pictures / f"quickstart-{app}.png")
     for name in ("panel", "train"):
         page.output(cells[name]).screenshot(path=pictures / f"quickstart-{name}-{app}.png")
