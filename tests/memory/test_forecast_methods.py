@@ -52,13 +52,15 @@ def test_every_method_on_a_quantized_base(label: str, checkpointing: bool) -> No
     known = method.config_class.__dataclass_fields__
     adapter = method.config_class(**{name: value for name, value in fields.items() if name in known})
     settings = {"quantization": "nf4", "dtype": torch.bfloat16, "gradient_checkpointing": checkpointing}
+    errors: list[float] = []
     try:
-        # Several, because threads of other tests may allocate during one.
-        is_close = any(abs(error_of(two_layers(), adapter, **settings)) < 0.05 for _ in range(4))
+        # Several, because garbage of other tests may be collected during one: it lowers the sum of what is allocated.
+        while len(errors) < 4 and not any(abs(error) < 0.05 for error in errors):
+            errors.append(error_of(two_layers(), adapter, **settings))
     except ConfigError as refusal:
         assert checkpointing and "checkpointing" in str(refusal)
         return
-    assert is_close
+    assert min(map(abs, errors)) < 0.05, f"the forecast differs by {errors} of the peak"
 
 
 @pytest.mark.slow
