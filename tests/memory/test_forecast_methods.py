@@ -54,13 +54,15 @@ def test_every_method_on_a_quantized_base(label: str, checkpointing: bool) -> No
     settings = {"quantization": "nf4", "dtype": torch.bfloat16, "gradient_checkpointing": checkpointing}
     errors: list[float] = []
     try:
-        # Several, because garbage of other tests may be collected during one: it lowers the sum of what is allocated.
-        while len(errors) < 4 and not any(abs(error) < 0.05 for error in errors):
+        # Several, because in a long test process some measurements deviate; why is not known.
+        for _ in range(4):
             errors.append(error_of(two_layers(), adapter, **settings))
+            if abs(errors[-1]) < 0.05:
+                break
     except ConfigError as refusal:
         assert checkpointing and "checkpointing" in str(refusal)
         return
-    assert min(map(abs, errors)) < 0.05, f"the forecast differs by {errors} of the peak"
+    assert abs(errors[-1]) < 0.05, f"the forecast differs by {errors} of the peak"
 
 
 @pytest.mark.slow
